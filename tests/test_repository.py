@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,14 @@ def test_unsafe_uses_are_seen(code: str) -> None:
 def test_safe_uses_are_not_reported() -> None:
     code = "import re\nre.compile(p)\njitted.compile()\nnp.load(f, allow_pickle=False)\nyaml.safe_load(f)"
     assert not unsafe_uses(ast.parse(code))
+
+
+def test_constraints_cover_every_dependency_with_plain_versions() -> None:
+    lines = (ROOT / ".ci" / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["test"] + extras["parity"]
+    pinned = {re.split("==", pin)[0].lower().replace("_", "-") for pin in pins}
+    assert {re.split("[<>=]", name)[0].lower() for name in needed} <= pinned
