@@ -1,0 +1,299 @@
+"""Text to a tokenizer and token shards, once: the second run finds both in the cache by their content.
+
+The corpus is read up to three times, because tokenizing takes 20 times as long as reading: to choose what is held out,
+to train the tokenizer on the rest, and to write the shards. Nothing is kept in memory but a byte for each document.
+"""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.config import DataConfig, TokenizerConfig
+from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
+from jaxgpt.data.shards import (
+    FORMAT,
+    Corpus,
+    EncodedPart,
+    finished_shards,
+    open_nanogpt,
+    open_prepared,
+    write_atomically,
+    write_meta,
+    write_shard,
+)
+from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.tokenizer import Tokenizer, train_tokenizer
+
+BATCH_CHARACTERS = 4 * 2**20  # text that is encoded at once, over all threads
+REPORT_SECONDS = 5.0
+
+Report = Callable[[str], None]
+
+
+def report_to_stderr(message: str) -> None:
+    print(f"jaxgpt: {message}", file=sys.stderr, flush=True)
+
+
+def prepare_corpora(
+    data: DataConfig, tokenizer: TokenizerConfig, report: Report = report_to_stderr
+) -> tuple[Tokenizer, list[Corpus]]:
+    """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there.
+
+    Without `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a
+    prepared directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer.
+    Raises BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit.
+    """
+    cache_dir = _cache_dir(data)
+    opened = [path for path in data.paths if _is_tokenized(path)]
+    texts = [path for path in data.paths if path not in opened]
+    groups = (
+        [(path,) for path in data.paths] if data.weights else [*filter(None, [tuple(texts)]), *((p,) for p in opened)]
+    )
+    corpora = {group: TextCorpus(group, data, cache_dir, report) for group in groups if group[0] in texts}
+    chosen = _choose_tokenizer(tokenizer, opened, list(corpora.values()), cache_dir, report)
+    prepared = []
+    for group in groups:
+        if group in corpora:
+            prepared.append(_prepare(corpora[group], chosen, cache_dir, report))
+        elif Path(group[0], "meta.json").exists():
+            prepared.append(open_prepared(Path(group[0]), chosen.sha256))
+        else:
+            prepared.append(open_nanogpt(Path(group[0]), chosen.vocab_size))
+    return chosen, prepared
+
+
+def _cache_dir(data: DataConfig) -> Path:
+    default = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(data.cache_dir or Path(default, "jaxgpt"))
+
+
+def _is_tokenized(path: str) -> bool:
+    return path.endswith(".bin") or any(Path(path, name).exists() for name in ("meta.json", "train.bin"))
+
+
+def _choose_tokenizer(
+    config: TokenizerConfig, opened: list[str], corpora: list["TextCorpus"], cache_dir: Path, report: Report
+) -> Tokenizer:
+    """The configured tokenizer, else the one that the first tokenized path brings, else one trained on the text."""
+    if config.path:
+        return Tokenizer.load(config.path)
+    if opened:
+        beside = Path(opened[0]) if os.path.isdir(opened[0]) else Path(opened[0]).parent
+        if not (beside / "tokenizer.model").exists():
+            raise ConfigError(f"data {opened[0]}: there is no tokenizer.model beside the tokens; set tokenizer.path")
+        return Tokenizer.load(beside / "tokenizer.model")
+    key = _key([corpus.digest for corpus in corpora], asdict(config))
+    path = cache_dir / "tokenizers" / f"{key}.model"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        report(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
+        total = sum(corpus.held.text_bytes for corpus in corpora)
+        texts = (part.text for corpus in corpora for part in corpus.parts(held_out=False))
+        train_tokenizer(_sample(texts, total, config.training_bytes), config).save(path)
+    return Tokenizer.load(path)
+
+
+def _sample(texts: Iterable[str], total: int, limit: int) -> Iterator[str]:
+    """Texts spread evenly over all, so that about `limit` of `total` bytes are taken."""
+    share, due = min(1.0, limit / max(total, 1)), 0.0
+    for text in texts:
+        due += share * len(text)
+        if due >= min(len(text), limit / 8):
+            taken = text[: int(due)]
+            due -= len(taken)
+            yield taken
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which documents are held out: one byte for each, or the tail of one document from a character on."""
+
+    documents: bytes
+    cut: tuple[int, int] | None
+    text_bytes: int
+    """Of the whole corpus."""
+    problems: Problems
+
+
+class TextCorpus:
+    """Text files, what identifies them, and which of their documents are held out."""
+
+    def __init__(self, paths: tuple[str, ...], data: DataConfig, cache_dir: Path, report: Report) -> None:
+        self.name = ",".join(paths)
+        self._data, self._report = data, report
+        self.shard_tokens = data.shard_tokens
+        self._sources = find_sources(paths, cache_dir)
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_file_digest, [source.path for source in self._sources]))
+        names = [source.name for source in self._sources]
+        settings = {name: getattr(data, name) for name in ("text_key", "val_fraction", "max_bad_documents")}
+        self.digest = _key(FORMAT, names, digests, settings)
+
+    def _documents(self, problems: Problems) -> Iterator[Document]:
+        return read_documents(self._sources, self._data, problems)
+
+    @cached_property
+    def held(self) -> HeldOut:
+        """Read everything once and choose what is held out.
+
+        By a hash of its content, so that the choice stays when the corpus grows, and copies are on the same side. When
+        that leaves nothing on one side (one book, a few files), the end of the longest document is held out instead.
+        """
+        fraction, problems = self._data.val_fraction, Problems(self._data.max_bad_documents)
+        held, lengths, text_bytes = bytearray(), [0, 0], 0
+        longest = (0, 0)  # characters, document
+        length = 0
+        for part in self._documents(problems):
+            raw = part.text.encode()
+            if part.first:
+                digest = hashlib.blake2b(raw, digest_size=8).digest()
+                held.append(int.from_bytes(digest) < fraction * 2**64)
+                length = 0
+            length += len(part.text)
+            longest = max(longest, (length, len(held) - 1))
+            lengths[held[-1]] += len(part.text)
+            text_bytes += len(raw)
+        for line in problems.lines():
+            self._report(f"data {self.name}: {line}")
+        if not held:
+            raise BadFileError(f"data {self.name}: there is no text in it; check data.paths and data.text_key")
+        cut = None
+        if fraction and 0 in lengths:
+            tail = max(1, min(longest[0] // 2, round(fraction * sum(lengths))))
+            held, cut = bytearray(len(held)), (longest[1], longest[0] - tail)
+        return HeldOut(bytes(held), cut, text_bytes, problems)
+
+    def parts(self, *, held_out: bool) -> Iterator[Document]:
+        """The documents of one side, in order."""
+        held, number, length = self.held, -1, 0
+        for part in self._documents(Problems(self._data.max_bad_documents)):
+            if part.first:
+                number, length = number + 1, 0
+            side = bool(held.documents[number])
+            if held.cut and held.cut[0] == number and (edge := held.cut[1] - length) < len(part.text):
+                if edge >= 0:
+                    line_end = part.text.find("\n", edge) + 1
+                    edge = line_end if 0 < line_end < len(part.text) else edge
+                    halves = (
+                        replace(part, text=part.text[:edge], last=True),
+                        replace(part, text=part.text[edge:], first=True),
+                    )
+                    if halves[held_out].text:
+                        yield halves[held_out]
+                elif held_out:
+                    yield part
+            elif side == held_out:
+                yield part
+            length += len(part.text)
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Corpus:
+    """Tokenize one corpus into `<cache>/data/<key>/`, or go on where an earlier run stopped, or reuse what is there."""
+    key = _key(text.digest, tokenizer.sha256, text.shard_tokens)
+    directory = cache_dir / "data" / key
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / "LOCK", report):
+        if (directory / "meta.json").exists():
+            corpus = open_prepared(directory, tokenizer.sha256)
+            report(f"data {text.name}: reusing {directory}")
+            return corpus
+        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        tokenizer.save(directory / "tokenizer.model")
+        splits = {split: _write_split(directory, split, text, tokenizer, dtype, report) for split in ("train", "val")}
+        bad = "".join(json.dumps(line) + "\n" for line in text.held.problems.bad)
+        write_atomically(directory / "bad.jsonl", bad.encode())
+        identity = {"name": text.name, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
+        write_meta(directory, {**identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits})
+    for split, counts in splits.items():
+        report(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    return open_prepared(directory, tokenizer.sha256)
+
+
+@contextmanager
+def _locked(path: Path, report: Report) -> Iterator[None]:
+    """Hold a file lock; the system releases it when the process ends, however that happens."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"data: waiting for another process that prepares {path.parent}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_split(
+    directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer, dtype: np.dtype, report: Report
+) -> dict[str, Any]:
+    """Write the shards of one split that are not there yet; returns its entry in meta.json."""
+    parts = text.parts(held_out=split == "val")
+    compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
+    gzip_bytes = 0
+
+    def compressed() -> Iterator[Document]:
+        nonlocal gzip_bytes
+        for part in parts:
+            gzip_bytes += len(compressor.compress(part.text.encode()))
+            yield part
+
+    shards = finished_shards(directory, split)
+    if shards:
+        report(f"data {text.name}: going on after {len(shards)} finished {split} shards")
+    todo = itertools.islice(compressed() if split == "val" else parts, sum(shard["parts"] for shard in shards), None)
+    encoded = _encode(todo, tokenizer, dtype, f"data {text.name}: {split}", report)
+    while shard := write_shard(directory / f"{split}_{len(shards):05}", encoded, text.shard_tokens):
+        shards.append(shard)
+    entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
+    if split == "val":
+        entry["gzip_bytes"] = gzip_bytes + len(compressor.flush())
+    without_names = [{name: shard[name] for name in ("tokens", "documents", "sha256")} for shard in shards]
+    return {**entry, "shards": without_names}
+
+
+def _encode(
+    parts: Iterator[Document], tokenizer: Tokenizer, dtype: np.dtype, what: str, report: Report
+) -> Iterator[EncodedPart]:
+    """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
+    done, started = 0, time.monotonic()
+    reported = started
+    while batch := _take(parts):
+        for part, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
+            ids = [*[tokenizer.bos_id] * part.first, *ids, *[tokenizer.eos_id] * part.last]
+            text_bytes = len(part.text.encode())
+            done += text_bytes
+            yield EncodedPart(part.name, np.array(ids, dtype), text_bytes, part.first)
+        if (now := time.monotonic()) - reported > REPORT_SECONDS:
+            report(f"{what}: {done / 1e6:,.1f} MB tokenized, {done / 1e6 / (now - started):.1f} MB/s")
+            reported = now
+
+
+def _take(parts: Iterator[Document]) -> list[Document]:
+    """The next documents, BATCH_CHARACTERS of them."""
+    batch: list[Document] = []
+    characters = 0
+    while characters < BATCH_CHARACTERS and (part := next(parts, None)):
+        batch.append(part)
+        characters += len(part.text)
+    return batch

@@ -1,0 +1,251 @@
+"""Token shards on disk: how they are written so that a kill loses at most one, and how they are opened.
+
+A prepared directory holds, for each split, `train_00000.bin` (little-endian uint16 or uint32 tokens, no header),
+`train_00000.offsets.npy` (int64 places where documents begin) and `train_00000.json` (counts, SHA-256, names; written
+last, it marks the shard as finished), then `tokenizer.model` and, last of all, `meta.json`. A document is
+[bos] text [eos]. Also opens nanoGPT's headerless uint16 `train.bin` and `val.bin`.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.errors import BadFileError
+
+FORMAT = 1
+VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
+
+
+class TokenStream:
+    """All shards of one split as one sequence of tokens, memory-mapped."""
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], starts: np.ndarray, name_files: Sequence[tuple[Path, int]]
+    ) -> None:
+        """starts: where documents begin, int64 [documents]; name_files: the files of names, and documents in each."""
+        self._shards = shards
+        self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()
+        self.starts = starts
+        self._name_files = name_files
+
+    def __len__(self) -> int:
+        """Tokens in all."""
+        return self._ends[-1] if self._ends else 0
+
+    def rows(self, begins: Sequence[int], length: int) -> np.ndarray:
+        """tokens[begin : begin + length] for each begin, int32 [B, length], zeros after the end of the stream."""
+        rows = np.zeros((len(begins), length), np.int32)
+        for row, begin in zip(rows, begins, strict=True):
+            filled, shard = 0, bisect_right(self._ends, begin)
+            while filled < length and shard < len(self._shards):
+                end = self._ends[shard]
+                part = self._shards[shard][begin + filled - end + len(self._shards[shard]) :][: length - filled]
+                row[filled : filled + len(part)] = part
+                filled, shard = filled + len(part), shard + 1
+        return rows
+
+    def names(self, begin: int, end: int) -> list[str]:
+        """The names of the documents with a token in [begin, end)."""
+        first = max(int(np.searchsorted(self.starts, begin, "right")) - 1, 0)
+        last = int(np.searchsorted(self.starts, end, "left"))
+        found, base = [], 0
+        for path, count in self._name_files:
+            if base < last and first < base + count:
+                found += json.loads(path.read_text())["names"][max(first - base, 0) : last - base]
+            base += count
+        return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One tokenized corpus: what the loader reads from."""
+
+    name: str
+    directory: Path
+    vocab_size: int
+    train: TokenStream
+    val: TokenStream
+    val_bytes: int | None
+    """UTF-8 bytes of the held-out text; None when they are not known (nanoGPT)."""
+    val_gzip_bytes: int | None
+    """The same text after `gzip -9`: what any compressor gets without learning."""
+    fingerprint: str
+    """Changes when any token does; a resumed run compares it."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there completely or not at all, also after a power failure."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """The tokens of a document, or of a part of a long one."""
+
+    name: str
+    tokens: np.ndarray
+    text_bytes: int
+    first: bool
+
+
+def write_shard(stem: Path, parts: Iterator[EncodedPart], shard_tokens: int) -> dict[str, Any] | None:
+    """Write parts until `shard_tokens` is reached; returns the side-car, or None when there were no parts.
+
+    Nothing counts before the side-car is there: after a kill the shard is written again from its first part.
+    """
+    tokens = part_count = text_bytes = 0
+    starts: list[int] = []
+    names: list[str] = []
+    digest = hashlib.sha256()
+    temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        for part in parts:
+            if part.first:
+                starts.append(tokens)
+                names.append(part.name)
+            raw = part.tokens.tobytes()
+            digest.update(raw)
+            file.write(raw)
+            tokens, part_count, text_bytes = tokens + len(part.tokens), part_count + 1, text_bytes + part.text_bytes
+            if tokens >= shard_tokens:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    if not part_count:
+        temporary.unlink()
+        return None
+    temporary.replace(f"{stem}.bin")
+    with open(temporary, "wb") as file:
+        np.save(file, np.array(starts, np.int64), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(f"{stem}.offsets.npy")
+    counts = {"tokens": tokens, "documents": len(names), "parts": part_count, "bytes": text_bytes}
+    shard = {**counts, "sha256": digest.hexdigest(), "names": names}
+    write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps(shard).encode())
+    return shard
+
+
+def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
+    """The side-cars of the shards that an earlier run finished, in order."""
+    shards: list[dict[str, Any]] = []
+    while (path := directory / f"{split}_{len(shards):05}.json").exists():
+        shards.append(_read_json(path))
+    return shards
+
+
+def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """Mark a prepared directory as complete."""
+    write_atomically(directory / "meta.json", (json.dumps({"format": FORMAT, **meta}, indent=1) + "\n").encode())
+
+
+def open_prepared(directory: Path, tokenizer_sha256: str) -> Corpus:
+    """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES.
+
+    Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer.
+    """
+    meta = _read_json(directory / "meta.json")
+    if meta.get("format") != FORMAT:
+        raise _bad(directory / "meta.json", f"is of format {meta.get('format')}, and this version reads {FORMAT}")
+    try:
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
+        if meta["tokenizer_sha256"] != tokenizer_sha256:
+            theirs, ours = meta["tokenizer_sha256"][:12], tokenizer_sha256[:12]
+            raise BadFileError(
+                f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; set tokenizer.path to "
+                f"{directory / 'tokenizer.model'} or prepare the text again"
+            )
+        val = meta["splits"]["val"]
+        return Corpus(
+            name=meta["name"],
+            directory=directory,
+            vocab_size=meta["vocab_size"],
+            train=_open_split(directory, "train", meta["splits"]["train"]["shards"], dtype),
+            val=_open_split(directory, "val", val["shards"], dtype),
+            val_bytes=val["bytes"],
+            val_gzip_bytes=val["gzip_bytes"],
+            fingerprint=hashlib.sha256(json.dumps(meta["splits"], sort_keys=True).encode()).hexdigest(),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _bad(directory / "meta.json", f"has no usable field {error}") from None
+
+
+def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype: np.dtype) -> TokenStream:
+    """Map every shard of a split into memory."""
+    opened, starts, name_files, base, left = [], [np.empty(0, np.int64)], [], 0, VERIFIED_BYTES
+    for number, shard in enumerate(shards):
+        stem = f"{split}_{number:05}"
+        path = directory / f"{stem}.bin"
+        tokens = _map_tokens(path, dtype)
+        if len(tokens) != shard["tokens"]:
+            raise _bad(path, f"holds {len(tokens)} tokens where meta.json says {shard['tokens']}")
+        if left > 0 and _sha256(tokens) != shard["sha256"]:
+            raise _bad(path, "its SHA-256 is not the one in meta.json")
+        try:
+            offsets = np.load(directory / f"{stem}.offsets.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise _bad(directory / f"{stem}.offsets.npy", f"cannot be read ({error})") from None
+        if offsets.dtype != np.int64 or offsets.shape != (shard["documents"],):
+            raise _bad(directory / f"{stem}.offsets.npy", f"does not hold {shard['documents']} int64 places")
+        opened.append(tokens)
+        starts.append(offsets + base)
+        name_files.append((directory / f"{stem}.json", shard["documents"]))
+        base, left = base + len(tokens), left - tokens.nbytes
+    return TokenStream(opened, np.concatenate(starts), name_files)
+
+
+def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
+    """Open nanoGPT's `train.bin` and, where it exists, `val.bin`: a directory, or the path of `train.bin`.
+
+    Its documents are not known, so that each split counts as one.
+    """
+    train_path = path / "train.bin" if path.is_dir() else path
+    train = _map_tokens(train_path, np.dtype("<u2"))
+    val_path = train_path.with_name("val.bin")
+    val = _map_tokens(val_path, np.dtype("<u2")) if val_path.exists() else train[:0]
+    streams = [TokenStream([tokens], np.zeros(1, np.int64), []) for tokens in (train, val)]
+    fingerprint = hashlib.sha256((_sha256(train) + _sha256(val)).encode()).hexdigest()
+    return Corpus(str(path), train_path.parent, vocab_size, streams[0], streams[1], None, None, fingerprint)
+
+
+def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise _bad(path, "is missing") from None
+    if size % dtype.itemsize:
+        raise _bad(path, f"has {size} bytes, which is not a whole number of {dtype.itemsize}-byte tokens")
+    # asarray: slices of np.memmap itself are 20 times slower
+    return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
+
+
+def _sha256(tokens: np.ndarray) -> str:
+    return hashlib.sha256(tokens.data).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise _bad(path, "is missing") from None
+    except (ValueError, RecursionError):
+        raise _bad(path, "is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise _bad(path, "is not a JSON object")
+    return value
+
+
+def _bad(path: Path, why: str) -> BadFileError:
+    return BadFileError(f"data {path}: {why}; delete {path.parent} and prepare the text again")
