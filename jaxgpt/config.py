@@ -1,0 +1,394 @@
+"""Every setting of a run, as frozen dataclasses that refuse illegal values when they are made.
+
+Few fields, the rest are properties. The same classes make the command line (tyro), the presets in
+`configs/` and `config.json` in the run directory, which round-trips through `to_json` and `from_json`.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from jaxgpt.errors import BadFileError, ConfigError, nearest
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_range(section: str, low: float, high: float = math.inf, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:  # also refuses NaN
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{section}.{name} is {value}: it must be {bound}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer; the defaults are GPT-2's choices."""
+
+    n_layers: int = 12
+    """Number of transformer blocks (L)."""
+    d_model: int = 768
+    """Width of the residual stream (D)."""
+    n_heads: int = 12
+    """Query heads (H)."""
+    n_kv_heads: int | None = None
+    """Key/value heads (G): n_heads is multi-head, 1 is multi-query, between is grouped-query attention. Default: n_heads."""
+    head_dim: int | None = None
+    """Width of one head (K). Default: d_model / n_heads."""
+    d_ff: int | None = None
+    """Hidden width of the feed-forward network (F). Default: 4 * d_model."""
+    context_length: int = 1024
+    """Tokens in one training sequence, and the largest position."""
+    vocab_size: int | None = None
+    """Vocabulary (V). Default: that of the tokenizer."""
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    """How the model knows the order of tokens."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
+    """Non-linearity of the feed-forward network."""
+    gated_mlp: bool = False
+    """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
+    attention_bias: bool = True
+    """Biases in the query, key, value and output projections."""
+    mlp_bias: bool = True
+    """Biases in the feed-forward network."""
+    norm_bias: bool = True
+    """A bias in LayerNorm."""
+    qk_norm: bool = False
+    """RMS-normalise each head's query and key."""
+    attention_softcap: float | None = None
+    """c * tanh(scores / c) on attention scores."""
+    logit_softcap: float | None = None
+    """c * tanh(logits / c) on the output logits."""
+    windows: tuple[int, ...] = ()
+    """Sliding-window sizes, repeated over the layers; 0 sees everything. (1024, 0) alternates."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection."""
+    scale_embeddings: bool = False
+    """Multiply token embeddings by sqrt(d_model)."""
+    dropout: float = 0.0
+    """Dropped share of the embeddings and of each block's outputs while training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the activations; parameters stay float32."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it, instead of unrolling all layers."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
+    init: Literal["gpt2", "nanogpt"] = "gpt2"
+    """N(0, 0.02), residual projections divided by sqrt(2L); gpt2 draws positions from N(0, 0.01), nanogpt from N(0, 0.02)."""
+
+    def __post_init__(self) -> None:
+        _require_range(
+            "model", 1, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads,
+            context_length=self.context_length, rope_theta=self.rope_theta,
+        )  # fmt: skip
+        for name in ("n_kv_heads", "head_dim", "d_ff", "vocab_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"model.{name} is {value}: it must be at least 1")
+        _require_range("model", 0, 0.999, dropout=self.dropout)
+        _require_range("model", 0, 1, norm_epsilon=self.norm_epsilon)
+        if self.head_dim is None:
+            _require(
+                self.d_model % self.n_heads == 0,
+                f"model.d_model {self.d_model} does not divide by model.n_heads {self.n_heads}; "
+                f"change one of them or set model.head_dim",
+            )
+        _require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_heads {self.n_heads} does not divide by model.n_kv_heads {self.n_kv_heads}",
+        )
+        if self.positions == "rotary":
+            _require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
+        if self.positions == "sinusoidal":
+            _require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
+        for cap in (self.attention_softcap, self.logit_softcap):
+            _require(cap is None or cap > 0, f"model: a soft-cap is {cap}: it must be positive or None")
+        _require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ff_dim(self) -> int:
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The window of each layer; 0 where the layer sees everything."""
+        pattern = self.windows or (0,)
+        return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A SentencePiece model: an existing one, or how to train one on the corpus."""
+
+    path: str | None = None
+    """An existing SentencePiece .model file; nothing is trained then."""
+    kind: Literal["bpe", "unigram"] = "bpe"
+    """Algorithm of the tokenizer that is trained."""
+    vocab_size: int = 4096
+    """Pieces of the trained tokenizer, special tokens and 256 bytes included."""
+    special_tokens: tuple[str, ...] = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    """Chat markers, beside pad, bos and eos; plain text can never produce them."""
+    training_bytes: int = 10_000_000
+    """Bytes of text that the tokenizer is trained on, taken evenly from the corpus."""
+
+    def __post_init__(self) -> None:
+        least = 256 + 4 + len(self.special_tokens)
+        _require_range("tokenizer", least, vocab_size=self.vocab_size)
+        _require_range("tokenizer", 1, training_bytes=self.training_bytes)
+        _require(
+            len(set(self.special_tokens)) == len(self.special_tokens) and all(self.special_tokens),
+            f"tokenizer.special_tokens {self.special_tokens}: each must be different and not empty",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes batches."""
+
+    paths: tuple[str, ...] = ("@python",)
+    """Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory; or
+    @python (this interpreter's standard library) or @shakespeare (38 plays)."""
+    weights: tuple[float, ...] = ()
+    """Mixture weights, one for each path; without them all paths are one corpus."""
+    text_key: str = "text"
+    """Field or column that holds the text in .jsonl and .parquet."""
+    val_fraction: float = 0.02
+    """Share of the documents that are held out for evaluation."""
+    max_bad_documents: int = 0
+    """Stop when more than this many documents cannot be read; the skipped ones are counted and listed."""
+    shard_tokens: int = 64 * 2**20
+    """Tokens in one shard file."""
+    cache_dir: str = ""
+    """Where prepared corpora are kept. Default: $XDG_CACHE_HOME/jaxgpt or ~/.cache/jaxgpt."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.paths) > 0, "data.paths is empty: name at least one file, directory or glob")
+        _require(
+            not self.weights or len(self.weights) == len(self.paths),
+            f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths: give one for each path",
+        )
+        _require(all(0 < w < math.inf for w in self.weights), f"data.weights {self.weights}: each must be positive")
+        _require_range("data", 0, 0.5, val_fraction=self.val_fraction)
+        _require_range("data", 0, max_bad_documents=self.max_bad_documents)
+        _require_range("data", 1024, shard_tokens=self.shard_tokens)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule (Optax), its learning-rate schedule, and what keeps it stable."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """Update rule. muon orthogonalises the matrices' momentum; embeddings, norms and biases take AdamW."""
+    peak_lr: float = 6e-4
+    """Learning rate after warm-up."""
+    adam_lr: float = 3e-3
+    """With muon: the learning rate of the parameters that AdamW updates."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape after warm-up; wsd is warm-up, stable, linear decay."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_lr_ratio: float = 0.1
+    """Last learning rate over the peak."""
+    decay_fraction: float = 0.2
+    """With wsd: the share of all steps that decays."""
+    beta1: float = 0.9
+    """Decay of the first moment (momentum)."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; never of norms and biases."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        positive = dict(peak_lr=self.peak_lr, adam_lr=self.adam_lr, epsilon=self.epsilon)
+        for name, value in positive.items():
+            _require(0 < value < math.inf, f"optimizer.{name} is {value}: it must be positive")
+        _require_range("optimizer", 0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        _require_range("optimizer", 0, 1, final_lr_ratio=self.final_lr_ratio, decay_fraction=self.decay_fraction)
+        _require_range("optimizer", 0, 0.999999, beta1=self.beta1, beta2=self.beta2, ema_decay=self.ema_decay)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: how long, how much at a time, what is reported."""
+
+    steps: int = 1000
+    """Optimizer updates."""
+    batch_size: int = 32
+    """Sequences in one update, over all devices."""
+    accumulation_steps: int = 1
+    """Parts that a batch is cut into when it does not fit; the result is that of the whole batch."""
+    seed: int = 0
+    """Decides the initial parameters, the order of the data and dropout."""
+    log_every: int = 10
+    """Steps between training records."""
+    eval_every: int = 250
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_batches: int = 20
+    """Batches in one evaluation; the last evaluation takes all held-out text when this is 0."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition, which keeps logits near zero."""
+    loss_chunks: int = 8
+    """Parts that the sequence is cut into so that only one part's logits exist at a time."""
+    sample_prompt: str = ""
+    """Prompt of the sample that is printed at the end."""
+    sample_tokens: int = 80
+    """Length of that sample; 0 prints none."""
+    wandb: bool = False
+    """Also log to Weights & Biases (`pip install wandb`)."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
+        _require_range("training", 1, **{name: getattr(self, name) for name in at_least_one})
+        at_least_zero = ("eval_every", "eval_batches", "sample_tokens", "z_loss")
+        _require_range("training", 0, **{name: getattr(self, name) for name in at_least_zero})
+        _require_range("training", 0, 2**31 - 1, seed=self.seed, steps=self.steps)
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"training.batch_size {self.batch_size} does not divide by "
+            f"training.accumulation_steps {self.accumulation_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and which saves stay."""
+
+    every: int = 250
+    """Steps between saves; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0 keeps none."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """After a failed save (disk full): stop with status 74, or go on and try again at the next."""
+
+    def __post_init__(self) -> None:
+        _require_range("checkpoint", 1, every=self.every, keep_last=self.keep_last)
+        _require_range("checkpoint", 0, keep_every=self.keep_every)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes all that are left."""
+
+    data: int = -1
+    """Copies of the model, each with its part of the batch."""
+    fsdp: int = 1
+    """Parts that parameters and optimizer state are cut into, gathered layer by layer."""
+    tensor: int = 1
+    """Parts that heads, feed-forward and vocabulary are cut into."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(all(size == -1 or size >= 1 for size in sizes), f"mesh {sizes}: sizes must be -1 or at least 1")
+        _require(sizes.count(-1) <= 1, f"mesh {sizes}: only one size can be -1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    name: str = "gpt"
+    """Names the run."""
+    run_dir: str = ""
+    """Directory of config, tokenizer, checkpoints and metrics. Default: runs/NAME."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: it must be a plain word")
+        chunks, length = self.training.loss_chunks, self.model.context_length
+        _require(
+            length % chunks == 0,
+            f"model.context_length {length} does not divide by training.loss_chunks {chunks}",
+        )
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def to_json(config: TrainConfig) -> str:
+    """The configuration as indented JSON; `from_json` gives the same object back."""
+    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+
+
+def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"unknown configuration key {where}{key}{nearest(key, known)}")
+        kind = known[key].type
+        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+            _refuse_unknown_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
+
+
+def from_json(text: str, where: str = "configuration") -> TrainConfig:
+    """Parse `to_json`'s text.
+
+    Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file or start a new run") from None
+    if not isinstance(data, dict):
+        raise BadFileError(f"{where} is not a JSON object; restore the file or start a new run")
+    _refuse_unknown_keys(data, TrainConfig, "")
+    try:
+        return _ADAPTER.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Every field that differs, as `section.field -> (old, new)`."""
+
+    def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+        flat = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            nested = dataclasses.is_dataclass(value)
+            flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
+        return flat
+
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}

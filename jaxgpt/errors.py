@@ -1,0 +1,108 @@
+"""Errors that a user can cause, each with its exit status, and the shell that prints them.
+
+| status | meaning |
+| --- | --- |
+| 0 | done |
+| 2 | the command line or the configuration is wrong |
+| 65 | a data, tokenizer, model or checkpoint file is bad |
+| 70 | training cannot go on (non-finite loss), or a bug: then the traceback is shown |
+| 74 | input/output failed: disk full, read-only, no permission |
+| 75 | stopped early on purpose: everything is saved, the same command resumes |
+
+A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`.
+"""
+
+import difflib
+import errno
+import faulthandler
+import sys
+from collections.abc import Callable, Iterable
+
+
+class JaxgptError(Exception):
+    """A mistake or a fault that the user can act on; the message is one line."""
+
+    exit_status = 70
+
+
+class ConfigError(JaxgptError, ValueError):
+    """The command line or the configuration is wrong."""
+
+    exit_status = 2
+
+
+class BadFileError(JaxgptError):
+    """A data, tokenizer, model or checkpoint file is bad."""
+
+    exit_status = 65
+
+
+class StorageError(JaxgptError):
+    """Reading or writing failed: disk full, read-only, no permission."""
+
+    exit_status = 74
+
+
+class Stopped(JaxgptError):
+    """Stopped on purpose; whatever was finished is saved."""
+
+    exit_status = 75
+
+
+class TrainingError(JaxgptError):
+    """Training cannot go on, for example because the loss is not finite."""
+
+    exit_status = 70
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The phrase `; did you mean A or B?` for a misspelt name, or nothing when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+_STORAGE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.EFBIG,
+}
+
+
+def _report(message: str) -> None:
+    print("jaxgpt: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def run_command(command: Callable[[list[str]], object]) -> None:
+    """Run `command(arguments)` and leave the process with the status of the table above.
+
+    `--debug` anywhere on the command line keeps the traceback of a user's error too.
+    """
+    faulthandler.enable()
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) != len(sys.argv) - 1
+    try:
+        command(arguments)
+    except JaxgptError as error:
+        if debug:
+            raise
+        _report(str(error))
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        _report("interrupted; run the same command again to go on")
+        sys.exit(Stopped.exit_status)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if debug or error.errno not in _STORAGE_ERRNOS:
+            raise
+        where = error.filename2 or error.filename or "a file"
+        _report(f"cannot write or read {where}: {error.strerror}; free space or choose another path")
+        sys.exit(StorageError.exit_status)

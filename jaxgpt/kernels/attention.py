@@ -1,0 +1,49 @@
+"""Causal attention: which keys a query sees, and the weighted mean of their values.
+
+Letters: B batch, T query length, S key length, H query heads, G key/value heads, R = H / G query heads
+for each key/value head, K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.sharding import out_sharding
+
+
+def attention_mask(
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    window: int | jax.Array = 0,
+) -> jax.Array:
+    """True where a query sees a key: not in its future, in its document, less than `window` back (0: any).
+
+    `segments` are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S].
+    """
+    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    mask_BTS = distance_BTS >= 0
+    if segments is not None:
+        mask_BTS &= segments[0][:, :, None] == segments[1][:, None, :]
+    if isinstance(window, int):
+        return mask_BTS & (distance_BTS < window) if window else mask_BTS
+    return mask_BTS & ((distance_BTS < window) | (window == 0))
+
+
+def attention(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, softcap: float | None = None
+) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245).
+
+    Scores and softmax are float32. `softcap` c replaces scores by c * tanh(scores / c). Returns [B, T, H, K].
+    """
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    scores_BGRTS *= K**-0.5
+    if softcap is not None:
+        scores_BGRTS = softcap * jnp.tanh(scores_BGRTS / softcap)
+    scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS).astype(v_BSGK.dtype)
+    out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK)
+    return out_BTGRK.reshape(B, T, H, K, out_sharding=out_sharding("BTHK"))

@@ -1,0 +1,120 @@
+"""Cross-entropy of a linear output layer, without ever holding all the logits.
+
+[tokens, vocabulary] logits are the largest array of a small model's step: 4096 x 50304 float32 take 0.8 GB, and
+autodiff keeps them twice. Here the sequence is cut into chunks; each chunk's logits become its loss and, when
+gradients are wanted, its part of them at once, and are dropped. No product is computed twice.
+
+Letters: B batch, T length, D model width, V vocabulary, C chunks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.sharding import out_sharding, shard
+
+
+class LossOptions(NamedTuple):
+    """Static choices: the true vocabulary size (rows of w beyond it are padding), soft-cap, z-loss weight, chunks."""
+
+    vocab_size: int
+    softcap: float | None = None
+    z_loss: float = 0.0
+    chunks: int = 1
+
+
+def _logits(x_BTD: jax.Array, w_VD: jax.Array, options: LossOptions) -> jax.Array:
+    """Capped float32 logits [B, T, V]; padding rows get the lowest finite number."""
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=out_sharding("BTV")
+    )
+    if options.softcap is not None:
+        logits_BTV = options.softcap * jnp.tanh(logits_BTV / options.softcap)
+    if options.vocab_size < w_VD.shape[0]:
+        real = jnp.arange(w_VD.shape[0]) < options.vocab_size
+        logits_BTV = jnp.where(real[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
+    return logits_BTV
+
+
+def _losses(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Negative log-likelihood [B, T] in nats (0 where the label is -1), log-partition [B, T], one-hot labels [B, T, V].
+
+    A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses.
+    """
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    hit_BTV = labels_BT[:, :, None] == jnp.arange(logits_BTV.shape[-1])[None, None]
+    label_logit_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
+    return jnp.where(labels_BT >= 0, log_z_BT - label_logit_BT, 0), log_z_BT, hit_BTV
+
+
+def _split(a: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, ...] -> [C, B, T / C, ...]."""
+    return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
+
+
+def _join(a: jax.Array) -> jax.Array:
+    a = jnp.moveaxis(a, 0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])
+
+
+def _total(losses_BT: jax.Array, log_z_BT: jax.Array, weights_BT: jax.Array, options: LossOptions) -> jax.Array:
+    penalty_BT = options.z_loss * jnp.square(log_z_BT) if options.z_loss else 0.0
+    return (weights_BT * (losses_BT + penalty_BT)).sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def linear_cross_entropy(
+    x_BTD: jax.Array, w_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+) -> tuple[jax.Array, jax.Array]:
+    """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports).
+
+    Only the sum has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by
+    `options.chunks`. The z-loss is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118.
+    """
+
+    def chunk(total: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
+        x, labels, weights = inputs
+        losses, log_z, _ = _losses(_logits(x, w_VD, options), labels)
+        return total + _total(losses, log_z, weights, options), losses
+
+    inputs = tuple(_split(a, options.chunks) for a in (x_BTD, labels_BT, weights_BT))
+    total, losses = jax.lax.scan(chunk, jnp.zeros(()), inputs)
+    return total, _join(losses)
+
+
+def _forward(
+    x_BTD: jax.Array, w_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Loss and, in the same pass over the logits, its gradients for a cotangent of one."""
+
+    def chunk(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+        total, dw_VD = carry
+        x, labels, weights = inputs
+        logits = _logits(x, w_VD, options)
+        losses, log_z, hit = _losses(logits, labels)
+        total += _total(losses, log_z, weights, options)
+        pull = weights * (1 + 2 * options.z_loss * log_z)  # on the softmax, through log_z
+        dlogits = jnp.exp(logits - log_z[..., None]) * pull[..., None] - jnp.where(hit, weights[..., None], 0)
+        if options.softcap is not None:
+            dlogits *= 1 - jnp.square(jnp.clip(logits / options.softcap, -1, 1))  # 0 at the padding rows' -1e38
+        dlogits = dlogits.astype(x.dtype)
+        dx = jnp.einsum("BTV,VD->BTD", dlogits, w_VD, out_sharding=out_sharding("BTD"))
+        dw_VD += jnp.einsum(
+            "BTV,BTD->VD", dlogits, x, preferred_element_type=jnp.float32, out_sharding=out_sharding("VD")
+        )
+        return (total, dw_VD), (losses, dx)
+
+    inputs = tuple(_split(a, options.chunks) for a in (x_BTD, labels_BT, weights_BT))
+    start = (jnp.zeros(()), shard(jnp.zeros(w_VD.shape, jnp.float32), "VD"))
+    (total, dw_VD), (losses, dx) = jax.lax.scan(chunk, start, inputs)
+    return (total, _join(losses)), (_join(dx), dw_VD.astype(w_VD.dtype))
+
+
+def _backward(options: LossOptions, saved: tuple, cotangents: tuple) -> tuple:
+    dx_BTD, dw_VD = saved
+    return (cotangents[0] * dx_BTD).astype(dx_BTD.dtype), (cotangents[0] * dw_VD).astype(dw_VD.dtype), None, None
+
+
+linear_cross_entropy.defvjp(_forward, _backward)

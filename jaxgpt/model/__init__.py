@@ -1,0 +1,5 @@
+"""The network: tokens in, hidden states and logits out. The only place that imports Flax."""
+
+from jaxgpt.model.transformer import Cache, Transformer, new_cache, parameter_count, parameter_name
+
+__all__ = ["Cache", "Transformer", "new_cache", "parameter_count", "parameter_name"]

@@ -1,0 +1,200 @@
+"""The decoder-only transformer: tokens to hidden states to logits.
+
+The layers' parameters are stacked, [L, ...], and scanned. `Transformer` is a pytree: `jax.jit`, `jax.grad`
+and Optax take it as it is. Letters: B batch, T query length, S key length, D model width, V vocabulary, L layers.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.kernels.attention import attention_mask
+from jaxgpt.model.layers import Block, LayerCache, Norm, Rotation, dropout, normal, rotation, sinusoids, weight
+from jaxgpt.sharding import out_sharding, shard
+
+VOCAB_MULTIPLE = 128
+"""The embedding's rows are rounded up to this: 50257 divides over no mesh, and 128 fills a TPU's lanes."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, one pair of arrays [B, S, G, K] a layer, so that each is updated in place."""
+
+    layers: tuple[LayerCache, ...]
+
+    @property
+    def length(self) -> int:
+        """Slots (S): the number of positions that fit."""
+        return self.layers[0][0].shape[1]
+
+
+class Transformer(nnx.Module):
+    """A GPT. `layers` is one Block whose parameters carry a leading axis L, or a tuple of L Blocks (`unstacked`)."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array) -> None:
+        """Draw the parameters as GPT-2 or nanoGPT does. `config.vocab_size` must be set."""
+        if config.vocab_size is None:
+            raise ValueError("config.vocab_size is not set: take it from the tokenizer")
+        self.config = config
+        layers_key, rest_key = jax.random.split(key)
+        rngs = nnx.Rngs(rest_key)
+        rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.token_embedding = normal(rngs, "VD", (rows, config.d_model), 0.02)
+        learned, std = config.positions == "learned", 0.01 if config.init == "gpt2" else 0.02
+        places = (config.context_length, config.d_model)
+        self.position_embedding = normal(rngs, "SD", places, std) if learned else None
+        self.layers = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(jax.random.split(layers_key, config.n_layers))
+        norm = Norm("D", config.d_model, config.norm, config.norm_epsilon, config.norm_bias)
+        self.final_norm = norm if config.norm_position == "pre" else None
+        self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", (rows, config.d_model), 0.02)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] after the last norm, and the cache with this call's keys and values.
+
+        `segments_BT` numbers the packed documents of a row: a token sees its own document only. With a cache,
+        positions say into which slots keys and values go; a position beyond the cache is not written.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+            positions_BT = shard(positions_BT, "BT")
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
+        turn = None
+        if self.config.positions == "rotary":
+            turn = rotation(positions_BT, self.config.key_dim, self.config.rope_theta)
+        if cache is None:
+            x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, turn, keys[1])
+        else:
+            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, turn, cache)
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        where = out_sharding("BTD")
+        x_BTD = weight(self.token_embedding, "VD", dtype).at[tokens_BT].get(out_sharding=where)
+        if self.config.scale_embeddings:
+            x_BTD *= jnp.asarray(self.config.d_model**0.5, dtype)
+        if self.position_embedding is not None:
+            x_BTD += weight(self.position_embedding, "SD", dtype).at[positions_BT].get(out_sharding=where)
+        if self.config.positions == "sinusoidal":
+            x_BTD += sinusoids(positions_BT, self.config.d_model).astype(dtype)
+        return x_BTD
+
+    def _train_layers(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        turn: Rotation | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
+        config = self.config
+        segments = None if segments_BT is None else (segments_BT, segments_BT)
+
+        def run(x_BTD: jax.Array, layer: Block, window: Any, key: jax.Array | None) -> jax.Array:
+            mask_BTS = attention_mask(positions_BT, positions_BT, segments, window)
+            return layer(x_BTD, mask_BTS, turn, positions_BT, None, key)[0]
+
+        run = _rematerialised(run, config.remat)
+        windows = config.layer_windows
+        keys = None if key is None else jax.random.split(key, config.n_layers)
+        if not config.scan_layers:
+            for i, layer in enumerate(self._each_layer()):
+                x_BTD = run(x_BTD, layer, windows[i], None if keys is None else keys[i])
+            return x_BTD
+        same = len(set(windows)) == 1  # then the window is a constant of the compiled layer
+        per_layer = (self.layers, None if same else jnp.array(windows), keys)
+
+        def step(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+            layer, window, key = inputs
+            return run(x_BTD, layer, windows[0] if same else window, key), None
+
+        return jax.lax.scan(step, x_BTD, per_layer)[0]
+
+    def _cached_layers(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, turn: Rotation | None, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
+        slots_BS = jnp.arange(cache.length, dtype=jnp.int32)[None]
+        new = []
+        for layer, window, old in zip(self._each_layer(), self.config.layer_windows, cache.layers, strict=True):
+            mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
+            x_BTD, layer_cache = layer(x_BTD, mask_BTS, turn, positions_BT, old, None)
+            new.append(layer_cache)
+        return x_BTD, Cache(tuple(new))
+
+    def _each_layer(self) -> tuple[Block, ...]:
+        if isinstance(self.layers, tuple):
+            return self.layers
+        return tuple(jax.tree.map(lambda p, i=i: p[i], self.layers) for i in range(self.config.n_layers))
+
+    def unstacked(self) -> "Transformer":
+        """The same model with a tuple of layers, for decoding: each layer's weights are arrays of their own."""
+        model = copy.copy(self)
+        model.layers = self._each_layer()
+        return model
+
+    def output_embedding(self) -> jax.Array:
+        """The output projection [V, D], gathered, in the compute dtype; its rows beyond the vocabulary mean nothing."""
+        table = self.token_embedding if self.unembedding is None else self.unembedding
+        return weight(table, "VD", jnp.dtype(self.config.dtype))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 scores [B, T, V] of the next token, V the true vocabulary."""
+        equation = "BTD,VD->BTV"
+        logits_BTV = jnp.einsum(
+            equation,
+            x_BTD,
+            self.output_embedding(),
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding("BTV"),
+        )
+        if self.config.logit_softcap is not None:
+            logits_BTV = self.config.logit_softcap * jnp.tanh(logits_BTV / self.config.logit_softcap)
+        return shard(logits_BTV, "BT_")[..., : self.config.vocab_size]
+
+
+def _rematerialised(function: Callable, policy: str) -> Callable:
+    match policy:
+        case "none":
+            return function
+        case "dots":
+            save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(function, policy=save)
+        case _:
+            return jax.checkpoint(function)
+
+
+def new_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """An empty cache for `batch_size` sequences of up to `length` tokens, in the compute dtype."""
+    shape = (batch_size, length, config.kv_heads, config.key_dim)
+    empty = lambda: jnp.zeros(shape, jnp.dtype(config.dtype), out_sharding=out_sharding("BSGK"))  # noqa: E731
+    return Cache(tuple((empty(), empty()) for _ in range(config.n_layers)))
+
+
+def parameter_name(path: tuple) -> str:
+    """A parameter's name, such as `layers.attention.query.kernel`, from its path (which ends in Param's `value`)."""
+    names = [str(getattr(part, "name", getattr(part, "key", getattr(part, "idx", part)))) for part in path]
+    return ".".join(names[:-1] if names[-1] == "value" else names)
+
+
+def parameter_count(model: Transformer) -> int:
+    """Number of parameters, without the rows that round the vocabulary up."""
+    config, rows = model.config, model.token_embedding.shape[0]
+    tables = 1 if config.tie_embeddings else 2
+    padding = (rows - (config.vocab_size or 0)) * config.d_model * tables
+    return sum(leaf.size for leaf in jax.tree.leaves(model)) - padding

@@ -1,0 +1,82 @@
+"""One letter per axis, and the one table that says over which mesh axes each letter is cut.
+
+Sharding is explicit: it lives in the type of every array, and JAX raises instead of guessing. There is
+always a mesh, 1x1x1 on a laptop. Letters, used in names such as `x_BTD` all over the project:
+
+    B batch   T query length   S key length   D model width   H query heads   G key/value heads
+    K head width   F feed-forward width   V vocabulary   L layers
+
+Stored parameters are also cut along D over `fsdp` and gathered just before use (ZeRO-3, arXiv:1910.02054);
+`tensor` cuts heads, feed-forward and vocabulary (Megatron, arXiv:1909.08053).
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jaxgpt.config import MeshConfig, ModelConfig
+from jaxgpt.errors import ConfigError
+
+ACTIVATION = {"B": ("data", "fsdp"), "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+PARAMETER = ACTIVATION | {"D": "fsdp"}
+
+
+def spec(axes: str) -> jax.P:
+    """PartitionSpec of an activation, one letter per dimension."""
+    return jax.P(*(ACTIVATION.get(letter) for letter in axes))
+
+
+def _has_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def out_sharding(axes: str) -> jax.P | None:
+    """For `out_sharding=` arguments: the result's PartitionSpec, or None while no mesh is set."""
+    return spec(axes) if _has_mesh() else None
+
+
+def shard(x: jax.Array, axes: str) -> jax.Array:
+    """Lay an activation, or a parameter about to be used, out as its letters say."""
+    return jax.sharding.reshard(x, spec(axes)) if _has_mesh() else x
+
+
+def shard_parameter(x: jax.Array, axes: str) -> jax.Array:
+    """Lay a stored parameter out: as an activation, and along D over fsdp."""
+    return jax.sharding.reshard(x, jax.P(*map(PARAMETER.get, axes))) if _has_mesh() else x
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over all devices.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = count // abs(math.prod(sizes))
+    if math.prod(sizes) != count:
+        asked = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
+        raise ConfigError(f"mesh {asked} does not fit {count} devices; make the sizes multiply to {count}")
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3, devices=devices)
+
+
+def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
+    """Raise ConfigError when the mesh cannot cut this model or batch evenly."""
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    cuts = [
+        ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
+        ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
+        ("model.d_ff", model.ff_dim, "mesh.tensor", tensor),
+        ("model.d_model", model.d_model, "mesh.fsdp", fsdp),
+        ("sequences at a time", batch_size, "mesh.data * mesh.fsdp", mesh.shape["data"] * fsdp),
+    ]
+    for name, size, axis, parts in cuts:
+        if size % parts:
+            raise ConfigError(f"{name} {size} does not divide over {axis} {parts}; change one of them")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How [B, T] arrays from the host are placed."""
+    return NamedSharding(mesh, spec("BT"))
