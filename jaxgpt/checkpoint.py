@@ -12,6 +12,7 @@ computed on the devices before saving and again after restoring. `<run_dir>/chec
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -37,26 +38,26 @@ _PARTS = ("model", "rest", "manifest", "commit_success.txt")  # Orbax writes the
 Json = dict[str, Any]  # also arrays by their paths
 
 
-class _BadStep(Exception):
-    """Why a step cannot be restored."""
-
-
-def _warn(message: str) -> None:
-    print("jaxgpt: " + " ".join(message.split()), file=sys.stderr, flush=True)
-
-
 def _one_line(error: BaseException) -> str:
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
+    return " ".join(text.split())[-200:]  # the array store ends with the cause, after where it happened
 
 
+@functools.cache
 def _set_up_orbax() -> None:
-    """Keep it from logging a traceback for each error that it raises, and from cutting replicated arrays into a part
+    """Keep Orbax from printing a traceback for each damaged file, and from cutting each replicated array into a part
     for each replica: compiling that took 4 s at the first save of 30 arrays on 8 devices.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
+    usual_hook = sys.unraisablehook
+
+    def ignore_late_reads(event: Any) -> None:  # reads still in flight when the first one failed
+        if str(event.exc_value) != "Event loop is closed":
+            usual_hook(event)
+
+    sys.unraisablehook = ignore_late_reads
 
 
 def _flatten(tree: Any) -> Json:
@@ -116,17 +117,19 @@ def _missing(path: Path) -> list[str]:
 
 def _read_manifest(path: Path) -> Json:
     if missing := _missing(path):
-        raise _BadStep(f"incomplete, there is no {' and no '.join(missing)}")
+        raise BadFileError(f"incomplete, there is no {' and no '.join(missing)}")
     try:
         stored = json.loads((path / "manifest" / "metadata").read_bytes())
         intact = hashlib.sha256(stored["manifest"].encode()).hexdigest() == stored["sha256"]
         manifest: Json = json.loads(stored["manifest"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _BadStep(f"the manifest is unreadable ({_one_line(error)})") from error
+        raise BadFileError(f"the manifest is unreadable ({_one_line(error)})") from error
     if not intact or manifest["step"] != int(path.name):
-        raise _BadStep("the manifest has changed since it was saved")
+        raise BadFileError("the manifest has changed since it was saved")
     if manifest["format"] != FORMAT:
-        raise BadFileError(f"checkpoint {path} has format {manifest['format']}, not {FORMAT}; use a newer jaxgpt")
+        raise ConfigError(
+            f"checkpoint {path} has format {manifest['format']}, not {FORMAT}; use another jaxgpt version"
+        )
     return manifest
 
 
@@ -152,7 +155,7 @@ def _on_current_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
 def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The items that `targets` names, each a pytree like its target, and the metadata.
 
-    Raises _BadStep for damage, ConfigError when a leaf differs from its target in name, shape or dtype.
+    Raises BadFileError for damage, ConfigError for another format or a leaf that is not as in the target.
     """
     manifest = _read_manifest(path)
     wanted = {item: {name: _on_current_mesh(x) for name, x in _flatten(tree).items()} for item, tree in targets.items()}
@@ -163,11 +166,11 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
     except Exception as error:  # a damaged file shows as one of a dozen types
-        raise _BadStep(f"unreadable ({_one_line(error)})") from error
+        raise BadFileError(f"unreadable ({_one_line(error)})") from error
     for item in wanted:
         for name, described in _describe(restored[item]).items():
             if described != manifest["leaves"][item][name]:
-                raise _BadStep(f"leaf {name} of {item} has changed since it was saved")
+                raise BadFileError(f"leaf {name} of {item} has changed since it was saved")
     trees = {
         item: jax.tree.unflatten(jax.tree.structure(target), [restored[item][name] for name in wanted[item]])
         for item, target in targets.items()
@@ -187,7 +190,7 @@ def _newest_good(
         path = directory / str(steps[-1])
         try:
             trees, metadata = _load(path, targets)
-        except _BadStep as error:
+        except BadFileError as error:
             if path.exists():  # otherwise a trainer has just deleted it
                 bad[steps[-1]] = str(error)
             continue
@@ -196,7 +199,8 @@ def _newest_good(
             if set_aside:
                 where = next(name for n in count() if not (name := directory / f"{damaged}.corrupt{n or ''}").exists())
                 os.rename(directory / str(damaged), where)
-            _warn(f"checkpoint step {damaged} is damaged: {reason}; it is in {where}, using step {steps[-1]}")
+            note = f"checkpoint step {damaged} is damaged: {reason}; it is in {where}, using step {steps[-1]}"
+            print(f"jaxgpt: {note}", file=sys.stderr, flush=True)
         return steps[-1], trees, metadata
     if not bad:
         return None
@@ -222,14 +226,6 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
     return newest, trees["model"], metadata
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _take_lock(path: Path) -> int:
     """A descriptor that holds the lock until it is closed; the system frees the lock of a process that dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -246,45 +242,33 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
+class Checkpoints(contextlib.ExitStack):
     """The checkpoints of one run, held by the process (or the group of processes) that trains it.
 
-    A context manager; leaving it waits for the last save. `saved_step` is the newest step known to be durable.
+    A context manager: leaving it, or `close()`, waits for the last save like `wait` and frees the directory.
     Raises StorageError when `run_dir` cannot be written, ConfigError when another process trains there.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        super().__init__()
         _set_up_orbax()
         self.saved_step: int | None = None
+        """The newest step that is known to be durable."""
         self._config = config
         self._directory = run_dir / "checkpoints"
         self._primary = jax.process_index() == 0  # alone renames and deletes
-        self._lock: int | None = None
-        self._pending: Future[None] | None = None
-        self._pending_step = 0
+        self._pending: tuple[int, Future[None]] | None = None
         if self._primary:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                self._lock = _take_lock(run_dir / "LOCK")
+                self.callback(os.close, _take_lock(run_dir / "LOCK"))
                 self._clean()
             except OSError as error:
                 where = error.filename or self._directory
                 raise StorageError(f"cannot write {where}: {_one_line(error)}; choose another run_dir") from error
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Wait for the last save and free the directory for others. Raises like `wait`."""
-        try:
-            self.wait()
-        finally:
-            self._worker.shutdown()
-            self._checkpointer.close()
-            if self._lock is not None:
-                os.close(self._lock)
+        self._checkpointer = self.enter_context(ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()))
+        self._worker = self.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
+        self.callback(self.wait)
 
     def save(self, step: int, model: Any, rest: Any, metadata: Any) -> None:
         """Copy two pytrees of arrays to the host, and write them in the background as `step`.
@@ -302,7 +286,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                     raise TrainingError(f"step {step} was not saved: leaf {name} of {item} is not finite")
         manifest = json.dumps({"format": FORMAT, "step": step, "leaves": described, "metadata": metadata})
         checked = {"manifest": manifest, "sha256": hashlib.sha256(manifest.encode()).hexdigest()}
-        self._pending_step = step
         path = self._directory / str(step)
         try:
             if self._primary and path.exists():  # saved before, or left there in parts
@@ -316,21 +299,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 ),
             )
         except Exception as error:  # whatever Orbax's array store raises, mostly ValueError
-            self._report(error)
+            self._report(step, error)
         else:
-            self._pending = self._worker.submit(self._finish, step)
+            self._pending = step, self._worker.submit(self._finish, step)
 
     def wait(self) -> None:
         """Return when all that was saved is durable.
 
         A failed save raises StorageError, or with on_save_error="continue" prints a line. Older steps are untouched.
         """
-        pending, self._pending = self._pending, None
-        try:
-            if pending is not None:
-                pending.result()
-        except Exception as error:
-            self._report(error)
+        if self._pending is not None:
+            (step, saving), self._pending = self._pending, None
+            try:
+                saving.result()
+            except Exception as error:
+                self._report(step, error)
 
     def restore(self, abstract_model: Any, abstract_rest: Any) -> tuple[int, Any, Any, Any] | None:
         """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved.
@@ -354,7 +337,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             return
         path = self._directory / str(step)
         for written in (*path.rglob("*"), path, self._directory):  # Orbax syncs only its large files
-            _fsync(written)
+            descriptor = os.open(written, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         self.saved_step = step
         steps = [s for s in _steps(self._directory) if not _missing(self._directory / str(s))]
         keep = {step, *steps[-self._config.keep_last :]}
@@ -370,15 +355,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if suffix == "replaced" and not (self._directory / step).exists():
                 os.rename(path, self._directory / step)  # what should replace it was never finished
             elif suffix in ("replaced", "discarded") or suffix.startswith("orbax-checkpoint-tmp"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # other parts of a failed save may still be writing
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, step: int, error: Exception) -> None:
         if self._primary:
             self._clean()
         message = (
-            f"cannot save step {self._pending_step} in {self._directory}: {_one_line(error)}; make room or mend the disk, "
+            f"cannot save step {step} in {self._directory}: {_one_line(error)}; make room or mend the disk, "
             f"the newest saved step is {self.saved_step}"
         )
         if self._config.on_save_error == "stop":
             raise StorageError(message) from error
-        _warn(f"{message}; training goes on")
+        print(f"jaxgpt: {message}; training goes on", file=sys.stderr, flush=True)
