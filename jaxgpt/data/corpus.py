@@ -119,11 +119,15 @@ def _find(path: str, cache_dir: Path) -> list[Source]:
 def _walk(root: Path, leave_out: Iterable[str] = (), endings: tuple[str, ...] = ENDINGS) -> list[Source]:
     """Files below `root`; hidden directories (.git, .venv) are not entered."""
     found = []
-    for directory, children, files in os.walk(root):
+    for directory, children, files in os.walk(root, onerror=_raise):
         children[:] = [child for child in children if child not in leave_out and not child.startswith(".")]
         paths = [Path(directory, file) for file in files if file.endswith(endings)]
         found += [Source(path, path.relative_to(root).as_posix()) for path in paths]
     return sorted(found, key=lambda source: source.name)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would leave out a directory that it may not read, without a word
 
 
 def _python_library(root: Path) -> list[Source]:
@@ -246,8 +250,8 @@ def _text_of(line: bytes, key: str) -> tuple[str, str]:
     if isinstance(value, dict):
         if key not in value:
             return "", f"there is no field {key!r} (data.text_key){nearest(key, value)}"
-        value = value[key]
-    return _checked(value, f"field {key!r}")
+        return _checked(value[key], f"field {key!r}")
+    return _checked(value, "the line")
 
 
 def _checked(value: Any, what: str) -> tuple[str, str]:

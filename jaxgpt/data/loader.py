@@ -209,12 +209,13 @@ def _permute(index: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarra
     """
     half = np.array([max((int(c) - 1).bit_length() + 1, 2) // 2 for c in count], np.uint64)
     mask = (np.uint64(1) << half) - np.uint64(1)
+    turn_keys = [_hash(key + np.uint64(turn)) for turn in range(4)]
     x = index.astype(np.uint64)
     outside = np.ones(len(x), bool)
     while outside.any():
         left, right = x >> half, x & mask
-        for turn in range(4):
-            left, right = right, left ^ (_hash(right ^ _hash(key + np.uint64(turn))) & mask)
+        for turn_key in turn_keys:
+            left, right = right, left ^ (_hash(right ^ turn_key) & mask)
         x = np.where(outside, (left << half) | right, x)
         outside = x >= count.astype(np.uint64)
     return x.astype(np.int64)

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -69,8 +70,8 @@ def prepare_corpora(
     for group in groups:
         if group in corpora:
             prepared.append(_prepare(corpora[group], chosen, cache_dir, report))
-        elif Path(group[0], "meta.json").exists():
-            prepared.append(open_prepared(Path(group[0]), chosen.sha256))
+        elif _is_prepared(group[0]):
+            prepared.append(open_prepared(Path(group[0]), chosen))
         else:
             prepared.append(open_nanogpt(Path(group[0]), chosen.vocab_size))
     return chosen, prepared
@@ -81,8 +82,12 @@ def _cache_dir(data: DataConfig) -> Path:
     return Path(data.cache_dir or Path(default, "jaxgpt"))
 
 
+def _is_prepared(path: str) -> bool:
+    return all(Path(path, name).exists() for name in ("meta.json", "tokenizer.model"))
+
+
 def _is_tokenized(path: str) -> bool:
-    return path.endswith(".bin") or any(Path(path, name).exists() for name in ("meta.json", "train.bin"))
+    return _is_prepared(path) or path.endswith(".bin") or Path(path, "train.bin").exists()
 
 
 def _choose_tokenizer(
@@ -137,11 +142,18 @@ class TextCorpus:
         self._data, self._report = data, report
         self.shard_tokens = data.shard_tokens
         self._sources = find_sources(paths, cache_dir)
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_file_digest, [source.path for source in self._sources]))
         names = [source.name for source in self._sources]
+        self._digests = self._digest_files()
         settings = {name: getattr(data, name) for name in ("text_key", "val_fraction", "max_bad_documents")}
-        self.digest = _key(FORMAT, names, digests, settings)
+        self.digest = _key(FORMAT, names, self._digests, settings)
+
+    def _digest_files(self) -> list[str]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(_file_digest, [source.path for source in self._sources]))
+
+    def is_unchanged(self) -> bool:
+        """Whether the files are still those that `digest` stands for."""
+        return self._digests == self._digest_files()
 
     def _documents(self, problems: Problems) -> Iterator[Document]:
         return read_documents(self._sources, self._data, problems)
@@ -179,31 +191,38 @@ class TextCorpus:
 
     def parts(self, *, held_out: bool) -> Iterator[Document]:
         """The documents of one side, in order."""
-        held, number, length = self.held, -1, 0
+        number, begin = -1, 0  # of the document, and where the part begins in it
         for part in self._documents(Problems(self._data.max_bad_documents)):
             if part.first:
-                number, length = number + 1, 0
-            side = bool(held.documents[number])
-            if held.cut and held.cut[0] == number and (edge := held.cut[1] - length) < len(part.text):
-                if edge >= 0:
-                    line_end = part.text.find("\n", edge) + 1
-                    edge = line_end if 0 < line_end < len(part.text) else edge
-                    halves = (
-                        replace(part, text=part.text[:edge], last=True),
-                        replace(part, text=part.text[edge:], first=True),
-                    )
-                    if halves[held_out].text:
-                        yield halves[held_out]
-                elif held_out:
-                    yield part
-            elif side == held_out:
+                number, begin = number + 1, 0
+            if number == len(self.held.documents):
+                raise BadFileError(f"data {self.name}: a file grew while it was read; run the same command again")
+            if self.held.cut and self.held.cut[0] == number:
+                half = _cut(part, self.held.cut[1] - begin)[held_out]
+                if half.text:
+                    yield half
+            elif self.held.documents[number] == held_out:
                 yield part
-            length += len(part.text)
+            begin += len(part.text)
+
+
+def _cut(part: Document, place: int) -> tuple[Document, Document]:
+    """What comes before and after character `place`, or rather after the line that it is in."""
+    if place < 0:
+        return replace(part, text=""), part
+    if place >= len(part.text):
+        return part, replace(part, text="")
+    line_end = part.text.find("\n", place) + 1
+    place = line_end if 0 < line_end < len(part.text) else place
+    return replace(part, text=part.text[:place], last=True), replace(part, text=part.text[place:], first=True)
 
 
 def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise BadFileError(f"data {path}: the file is gone or a broken link; repair or remove it") from None
 
 
 def _key(*parts: Any) -> str:
@@ -217,19 +236,24 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Re
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory / "LOCK", report):
         if (directory / "meta.json").exists():
-            corpus = open_prepared(directory, tokenizer.sha256)
+            corpus = open_prepared(directory, tokenizer)
             report(f"data {text.name}: reusing {directory}")
             return corpus
+        for leftover in directory.glob("*.tmp"):  # of a killed run; the lock says that nobody writes them
+            leftover.unlink()
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         tokenizer.save(directory / "tokenizer.model")
         splits = {split: _write_split(directory, split, text, tokenizer, dtype, report) for split in ("train", "val")}
-        bad = "".join(json.dumps(line) + "\n" for line in text.held.problems.bad)
-        write_atomically(directory / "bad.jsonl", bad.encode())
+        if not text.is_unchanged():
+            shutil.rmtree(directory)
+            raise BadFileError(f"data {text.name}: a file changed while it was read; run the same command again")
+        if bad := text.held.problems.bad:
+            write_atomically(directory / "bad.jsonl", "".join(json.dumps(line) + "\n" for line in bad).encode())
         identity = {"name": text.name, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
         write_meta(directory, {**identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits})
     for split, counts in splits.items():
         report(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    return open_prepared(directory, tokenizer.sha256)
+    return open_prepared(directory, tokenizer)
 
 
 @contextmanager
@@ -268,7 +292,7 @@ def _write_split(
     entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
     if split == "val":
         entry["gzip_bytes"] = gzip_bytes + len(compressor.flush())
-    without_names = [{name: shard[name] for name in ("tokens", "documents", "sha256")} for shard in shards]
+    without_names = [{name: value for name, value in shard.items() if name != "names"} for shard in shards]
     return {**entry, "shards": without_names}
 
 

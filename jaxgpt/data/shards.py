@@ -7,6 +7,7 @@ last, it marks the shard as finished), then `tokenizer.model` and, last of all, 
 """
 
 import hashlib
+import io
 import json
 import os
 from bisect import bisect_right
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.errors import BadFileError
+from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
@@ -127,13 +129,12 @@ def write_shard(stem: Path, parts: Iterator[EncodedPart], shard_tokens: int) -> 
         temporary.unlink()
         return None
     temporary.replace(f"{stem}.bin")
-    with open(temporary, "wb") as file:
-        np.save(file, np.array(starts, np.int64), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(f"{stem}.offsets.npy")
+    offsets = io.BytesIO()
+    np.save(offsets, np.array(starts, np.int64), allow_pickle=False)
+    write_atomically(stem.with_name(f"{stem.name}.offsets.npy"), offsets.getvalue())
     counts = {"tokens": tokens, "documents": len(names), "parts": part_count, "bytes": text_bytes}
-    shard = {**counts, "sha256": digest.hexdigest(), "names": names}
+    hashes = {"sha256": digest.hexdigest(), "offsets_sha256": hashlib.sha256(offsets.getvalue()).hexdigest()}
+    shard = {**counts, **hashes, "names": names}
     write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps(shard).encode())
     return shard
 
@@ -151,7 +152,7 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
     write_atomically(directory / "meta.json", (json.dumps({"format": FORMAT, **meta}, indent=1) + "\n").encode())
 
 
-def open_prepared(directory: Path, tokenizer_sha256: str) -> Corpus:
+def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES.
 
     Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer.
@@ -161,8 +162,8 @@ def open_prepared(directory: Path, tokenizer_sha256: str) -> Corpus:
         raise _bad(directory / "meta.json", f"is of format {meta.get('format')}, and this version reads {FORMAT}")
     try:
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-        if meta["tokenizer_sha256"] != tokenizer_sha256:
-            theirs, ours = meta["tokenizer_sha256"][:12], tokenizer_sha256[:12]
+        if meta["tokenizer_sha256"] != tokenizer.sha256:
+            theirs, ours = meta["tokenizer_sha256"][:12], tokenizer.sha256[:12]
             raise BadFileError(
                 f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; set tokenizer.path to "
                 f"{directory / 'tokenizer.model'} or prepare the text again"
@@ -171,7 +172,7 @@ def open_prepared(directory: Path, tokenizer_sha256: str) -> Corpus:
         return Corpus(
             name=meta["name"],
             directory=directory,
-            vocab_size=meta["vocab_size"],
+            vocab_size=tokenizer.vocab_size,
             train=_open_split(directory, "train", meta["splits"]["train"]["shards"], dtype),
             val=_open_split(directory, "val", val["shards"], dtype),
             val_bytes=val["bytes"],
@@ -193,17 +194,22 @@ def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype
             raise _bad(path, f"holds {len(tokens)} tokens where meta.json says {shard['tokens']}")
         if left > 0 and _sha256(tokens) != shard["sha256"]:
             raise _bad(path, "its SHA-256 is not the one in meta.json")
-        try:
-            offsets = np.load(directory / f"{stem}.offsets.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _bad(directory / f"{stem}.offsets.npy", f"cannot be read ({error})") from None
-        if offsets.dtype != np.int64 or offsets.shape != (shard["documents"],):
-            raise _bad(directory / f"{stem}.offsets.npy", f"does not hold {shard['documents']} int64 places")
+        offsets = _load_offsets(directory / f"{stem}.offsets.npy", shard["offsets_sha256"])
         opened.append(tokens)
         starts.append(offsets + base)
         name_files.append((directory / f"{stem}.json", shard["documents"]))
         base, left = base + len(tokens), left - tokens.nbytes
     return TokenStream(opened, np.concatenate(starts), name_files)
+
+
+def _load_offsets(path: Path, sha256: str) -> np.ndarray:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise _bad(path, "is missing") from None
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise _bad(path, "its SHA-256 is not the one in meta.json")
+    return np.asarray(np.load(io.BytesIO(raw), allow_pickle=False))
 
 
 def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
@@ -248,4 +254,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(f"data {path}: {why}; delete {path.parent} and prepare the text again")
+    return BadFileError(f"data {path}: {why}; restore the directory, or remove it and prepare the text again")
