@@ -156,7 +156,9 @@ def test_the_python_library_is_a_corpus() -> None:
     sources = find_sources(["@python"], Path("unused"))
     names = [source.name for source in sources]
     assert "json/decoder.py" in names and len(names) == len(set(names))
-    assert not any("test/" in name or "site-packages" in name or "_sysconfigdata" in name for name in names)
+    folders = {folder for name in names for folder in name.split("/")[:-1]}
+    assert folders.isdisjoint(["test", "tests", "idle_test", "site-packages"]) and "unittest" in folders
+    assert not any("_sysconfigdata" in name for name in names)
     topics = [source for source in sources if source.name == corpus.TOPICS]
     documents = list(read_documents(topics, DataConfig(), Problems(0)))
     assert len(documents) > 50 and any("assert" in d.name and "AssertionError" in d.text for d in documents)
