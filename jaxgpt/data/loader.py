@@ -31,6 +31,9 @@ class Batch(NamedTuple):
     """Counts tokens from 0 at the start of each document, and at the start of the row."""
 
 
+_PADDING = (0, -1, 0, 0)  # of tokens, labels, segment_ids, positions
+
+
 def make_batch(stream: TokenStream, begins: np.ndarray, length: int) -> Batch:
     """Windows stream[begin : begin + length] as a batch; what lies behind the end of the stream is padding."""
     window = stream.rows(begins.tolist(), length + 1)
@@ -68,7 +71,7 @@ class Loader:
 
         Raises ConfigError when a corpus is shorter than one sequence.
         """
-        self._corpora = corpora
+        self._corpora, self._streams = corpora, [corpus.train for corpus in corpora]
         self._batch_size, self._length, self._seed = batch_size, sequence_length, seed
         self._rows = np.arange(batch_size)[rows if rows is not None else slice(None)]
         # The last label of a window is the token after it.
@@ -104,15 +107,7 @@ class Loader:
     def __getitem__(self, step: int) -> Batch:
         """This host's rows of batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
         corpus_of_row, begins = self._draw(step)
-        batch = Batch(*(np.empty((len(begins), self._length), np.int32) for _ in Batch._fields))
-        for number in np.unique(corpus_of_row):
-            chosen = corpus_of_row == number
-            corpus = self._corpora[number]
-            part = make_batch(corpus.train, begins[chosen], self._length)
-            _check_vocabulary(part, corpus, f"training step {step}")
-            for whole, piece in zip(batch, part, strict=True):
-                whole[chosen] = piece
-        return batch
+        return _read(self._corpora, self._streams, corpus_of_row, begins, self._length, f"training step {step}")
 
     def __len__(self) -> int:
         """Training never runs out: the number of steps that can be asked for."""
@@ -144,9 +139,10 @@ class EvalWindows:
         rows: slice | None = None,
     ) -> None:
         """batches: take only this many, evenly spaced over all windows; 0 takes all. rows: this host's part of each."""
-        self._corpora, self._batch_size, self._length = corpora, batch_size, sequence_length
+        self._corpora, self._streams = corpora, [corpus.val for corpus in corpora]
+        self._batch_size, self._length = batch_size, sequence_length
         self._rows = rows if rows is not None else slice(None)
-        begins = [np.arange(0, max(len(c.val) - 1, 0), sequence_length) for c in corpora]
+        begins = [np.arange(0, max(len(stream) - 1, 0), sequence_length) for stream in self._streams]
         self._begins = np.concatenate(begins)
         self._corpus = np.repeat(np.arange(len(corpora)), [len(b) for b in begins])
         if 0 < batches * batch_size < len(self._begins):
@@ -162,26 +158,39 @@ class EvalWindows:
         if not 0 <= index < len(self):
             raise IndexError(f"evaluation batch {index}: there are {len(self)}")
         here = slice(index * self._batch_size, (index + 1) * self._batch_size)
-        begins, corpus_of_row = self._begins[here], self._corpus[here]
-        shape = (self._batch_size, self._length)
-        batch = Batch(*(np.full(shape, fill, np.int32) for fill in (0, -1, 0, 0)))
-        for number in np.unique(corpus_of_row):
-            chosen = np.flatnonzero(corpus_of_row == number)
-            part = make_batch(self._corpora[number].val, begins[chosen], self._length)
-            _check_vocabulary(part, self._corpora[number], f"evaluation batch {index}")
-            for whole, piece in zip(batch, part, strict=True):
-                whole[chosen] = piece
-        return Batch(*(field[self._rows] for field in batch))
-
-
-def _check_vocabulary(batch: Batch, corpus: Corpus, where: str) -> None:
-    """JAX would clamp an id outside the vocabulary to its last row without a word."""
-    highest = max(batch.tokens.max(), batch.labels.max())
-    if highest >= corpus.vocab_size:
-        raise BadFileError(
-            f"data {corpus.name}, {where}: token {highest} is outside the vocabulary of {corpus.vocab_size}; "
-            f"use the tokenizer of these tokens or prepare the text again"
+        where = f"evaluation batch {index}"
+        batch = _read(self._corpora, self._streams, self._corpus[here], self._begins[here], self._length, where)
+        missing = self._batch_size - len(batch.tokens)
+        padded = (
+            np.pad(field, ((0, missing), (0, 0)), constant_values=fill)
+            for field, fill in zip(batch, _PADDING, strict=True)
         )
+        return Batch(*(field[self._rows] for field in padded))
+
+
+def _read(
+    corpora: Sequence[Corpus],
+    streams: Sequence[TokenStream],
+    corpus_of_row: np.ndarray,
+    begins: np.ndarray,
+    length: int,
+    where: str,
+) -> Batch:
+    """The windows at `begins`, each in its row's corpus; raises BadFileError for a token outside the vocabulary."""
+    batch = Batch(*(np.empty((len(begins), length), np.int32) for _ in Batch._fields))
+    for number in np.unique(corpus_of_row):
+        chosen = corpus_of_row == number
+        corpus = corpora[number]
+        part = make_batch(streams[number], begins[chosen], length)
+        highest = max(part.tokens.max(), part.labels.max())
+        if highest >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
+            raise BadFileError(
+                f"data {corpus.name}, {where}: token {highest} is outside the vocabulary of {corpus.vocab_size}; "
+                f"use the tokenizer of these tokens or prepare the text again"
+            )
+        for whole, piece in zip(batch, part, strict=True):
+            whole[chosen] = piece
+    return batch
 
 
 def _mixture(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

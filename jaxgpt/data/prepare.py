@@ -28,7 +28,6 @@ from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
 from jaxgpt.data.shards import (
     FORMAT,
     Corpus,
-    EncodedPart,
     finished_shards,
     open_nanogpt,
     open_prepared,
@@ -298,18 +297,19 @@ def _write_split(
 
 def _encode(
     parts: Iterator[Document], tokenizer: Tokenizer, dtype: np.dtype, what: str, report: Report
-) -> Iterator[EncodedPart]:
+) -> Iterator[tuple[Document, np.ndarray]]:
     """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
     done, started = 0, time.monotonic()
     reported = started
     while batch := _take(parts):
         for part, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
             ids = [*[tokenizer.bos_id] * part.first, *ids, *[tokenizer.eos_id] * part.last]
-            text_bytes = len(part.text.encode())
-            done += text_bytes
-            yield EncodedPart(part.name, np.array(ids, dtype), text_bytes, part.first)
+            yield part, np.array(ids, dtype)
+        done += sum(len(part.text) for part in batch)
         if (now := time.monotonic()) - reported > REPORT_SECONDS:
-            report(f"{what}: {done / 1e6:,.1f} MB tokenized, {done / 1e6 / (now - started):.1f} MB/s")
+            report(
+                f"{what}: {done / 1e6:,.1f} million characters tokenized, {done / 1e6 / (now - started):.1f} a second"
+            )
             reported = now
 
 

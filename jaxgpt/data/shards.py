@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.data.corpus import Document
 from jaxgpt.errors import BadFileError
 from jaxgpt.tokenizer import Tokenizer
 
@@ -92,18 +93,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-@dataclass(frozen=True)
-class EncodedPart:
-    """The tokens of a document, or of a part of a long one."""
-
-    name: str
-    tokens: np.ndarray
-    text_bytes: int
-    first: bool
-
-
-def write_shard(stem: Path, parts: Iterator[EncodedPart], shard_tokens: int) -> dict[str, Any] | None:
-    """Write parts until `shard_tokens` is reached; returns the side-car, or None when there were no parts.
+def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
+    """Write the tokens of parts until `shard_tokens` is reached; returns the side-car, or None without any parts.
 
     Nothing counts before the side-car is there: after a kill the shard is written again from its first part.
     """
@@ -113,14 +104,15 @@ def write_shard(stem: Path, parts: Iterator[EncodedPart], shard_tokens: int) -> 
     digest = hashlib.sha256()
     temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        for part in parts:
+        for part, ids in parts:
             if part.first:
                 starts.append(tokens)
                 names.append(part.name)
-            raw = part.tokens.tobytes()
+            raw = ids.tobytes()
             digest.update(raw)
             file.write(raw)
-            tokens, part_count, text_bytes = tokens + len(part.tokens), part_count + 1, text_bytes + part.text_bytes
+            tokens, part_count = tokens + len(ids), part_count + 1
+            text_bytes += len(part.text.encode())
             if tokens >= shard_tokens:
                 break
         file.flush()

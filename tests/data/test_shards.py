@@ -110,6 +110,7 @@ def test_the_end_of_a_single_book_is_held_out(
         (tmp_path / "text" / f"{number}.txt").write_text(book[number:])
     tokenizer, (corpus,), _ = prepare(tmp_path / "cache", tmp_path / "text", val_fraction=0.05)
     held_out = tokenizer.decode(tokens_of(corpus.val))
+    assert [tokens_of(corpus.train).count(token) for token in (tokenizer.bos_id, tokenizer.eos_id)] == [books, books]
     trained_on = tokenizer.decode(tokens_of(corpus.train))
     assert book.endswith(held_out) and trained_on.startswith(book[:1000])
     assert len(held_out) + len(trained_on) == sum(len(book) - number for number in range(books))
