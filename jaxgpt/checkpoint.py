@@ -28,7 +28,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.config import CheckpointConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError
@@ -40,11 +42,8 @@ Json = dict[str, Any]  # also arrays by their paths
 
 
 def _one_line(error: BaseException) -> str:
-    while error.__cause__:
-        error = error.__cause__
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    text = " ".join(text.partition(" [tensorstore_spec")[0].split())
-    return text if len(text) <= 160 else f"...{text[-160:]}"  # the array store names the cause at the end
+    """The end of the message, as the array store names the cause last and then repeats its settings."""
+    return " ".join(str(error.__cause__ or error).partition(" [tensorstore_spec")[0].split())[-160:]
 
 
 @functools.cache
@@ -147,6 +146,22 @@ def _on_current_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(jax.sharding.get_mesh(), spec))
 
 
+def _read_arrays(path: Path, wanted: Json) -> Json:
+    """The arrays of each item. If one process fails, all raise BadFileError: none waits for another for ever."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    arguments = {item: ocp.args.StandardRestore(leaves) for item, leaves in wanted.items()}
+    failure = None
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            restored: Json = reader.restore(path, args=ocp.args.Composite(**arguments))
+    except Exception as error:  # a damaged file shows as one of a dozen types
+        failure = error
+    if np.any(process_allgather(failure is not None)):
+        raise BadFileError(f"unreadable ({_one_line(failure) if failure else 'by another process'})") from failure
+    return restored
+
+
 def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The items that `targets` names, each a pytree like its target, and the metadata.
 
@@ -156,12 +171,7 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     wanted = {item: {name: _on_current_mesh(x) for name, x in _flatten(tree).items()} for item, tree in targets.items()}
     for item, leaves in wanted.items():
         _refuse_other_leaves(path, manifest["leaves"][item], leaves)
-    arguments = {item: ocp.args.StandardRestore(leaves) for item, leaves in wanted.items()}
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(path, args=ocp.args.Composite(**arguments))
-    except Exception as error:  # a damaged file shows as one of a dozen types
-        raise BadFileError(f"unreadable ({_one_line(error)})") from error
+    restored = _read_arrays(path, wanted)
     trees = {}
     for item, target in targets.items():
         for name, described in _describe(restored[item]).items():
@@ -322,6 +332,7 @@ class Checkpoints(contextlib.ExitStack):
         """In the background: make the step durable, then delete what it makes superfluous."""
         self._checkpointer.wait_until_finished()
         if not self._primary:
+            self.saved_step = step
             return
         path = self._directory / str(step)
         for written in (*path.rglob("*"), path, self._directory):  # Orbax syncs only its large files
