@@ -21,6 +21,7 @@ import re
 import shutil
 import socket
 import sys
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -54,9 +55,10 @@ def _set_up_orbax() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
-    # Reads that are in flight when the first one fails have nobody to report to.
-    late = re.compile("Event loop is closed|async_deserialize|tensorstore", re.IGNORECASE)
+    # Reads and writes that are in flight when the first one fails have nobody to report to.
+    late = re.compile("Event loop is closed|never awaited|orbax|tensorstore|ocdbt", re.IGNORECASE)
     logging.getLogger("asyncio").addFilter(lambda record: not late.search(record.getMessage()))
+    warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited", RuntimeWarning)
     usual = sys.unraisablehook
     sys.unraisablehook = lambda event: None if late.search(str(event.exc_value)) else usual(event)
 
@@ -265,7 +267,6 @@ class Checkpoints(contextlib.ExitStack):
             except OSError as error:
                 where = error.filename or self._directory
                 raise StorageError(f"cannot write {where}: {_one_line(error)}; choose another run_dir") from error
-        self._checkpointer = self.enter_context(ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()))
         self._worker = self.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         self.callback(self.wait)
 
@@ -285,10 +286,11 @@ class Checkpoints(contextlib.ExitStack):
         manifest = json.dumps({"format": FORMAT, "step": step, "leaves": described, "metadata": metadata})
         checked = {"manifest": manifest, "sha256": hashlib.sha256(manifest.encode()).hexdigest()}
         path = self._directory / str(step)
+        writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())  # an old one may raise an old error again
         try:
             if self._primary and path.exists():  # saved before, or left there in parts
                 os.rename(path, path.with_name(f"{step}.{'discarded' if _missing(path) else 'replaced'}"))
-            self._checkpointer.save(
+            writer.save(
                 path,
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(items["model"]),
@@ -299,7 +301,7 @@ class Checkpoints(contextlib.ExitStack):
         except Exception as error:  # whatever Orbax's array store raises, mostly ValueError
             self._report(step, error)
         else:
-            self._pending = step, self._worker.submit(self._finish, step)
+            self._pending = step, self._worker.submit(self._finish, step, writer)
 
     def wait(self) -> None:
         """Return when all that was saved is durable.
@@ -328,9 +330,9 @@ class Checkpoints(contextlib.ExitStack):
         self.saved_step, trees, metadata = found
         return self.saved_step, trees["model"], trees["rest"], metadata
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, writer: ocp.AsyncCheckpointer) -> None:
         """In the background: make the step durable, then delete what it makes superfluous."""
-        self._checkpointer.wait_until_finished()
+        writer.close()  # waits for its writes, and raises what they raise
         if not self._primary:
             self.saved_step = step
             return
@@ -363,4 +365,5 @@ class Checkpoints(contextlib.ExitStack):
         message += f" (the newest saved step is {self.saved_step})"
         if self._config.on_save_error == "stop":
             raise StorageError(message) from error
-        print(f"jaxgpt: {message}; training goes on", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
+            print(f"jaxgpt: {message}; training goes on", file=sys.stderr, flush=True)

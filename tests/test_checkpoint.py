@@ -499,12 +499,15 @@ def test_a_second_trainer_is_refused_until_the_first_is_gone(run_dir: Path) -> N
         pass
 
 
-@pytest.fixture(params=["tmpfs", "limit"])
+@pytest.fixture(params=["tmpfs", 1 << 18, 100])
 def full_disk(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[Callable[[bool], None]]:
-    """`full_disk(True)` leaves no room for the array files below `run_dir`, `full_disk(False)` makes room."""
-    if request.param == "limit":
+    """`full_disk(True)` leaves no room for the array files below `run_dir`, `full_disk(False)` makes room.
+
+    Either a small file system that is really full, or a limit of so many bytes for each file, which anyone may set.
+    """
+    if request.param != "tmpfs":
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18 if full else hard, hard))
+        yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (request.param if full else hard, hard))
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         return
     run_dir.mkdir()
@@ -525,7 +528,11 @@ def full_disk(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[Callabl
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_full_disk_is_reported_and_survived(
-    full_disk: Callable[[bool], None], run_dir: Path, on_save_error: Any, capfd: pytest.CaptureFixture[str]
+    full_disk: Callable[[bool], None],
+    run_dir: Path,
+    on_save_error: Any,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     width = 1 << 14  # 1.6 MB of noise, which does not compress
     config = dataclasses.replace(CONFIG, on_save_error=on_save_error)
@@ -540,6 +547,8 @@ def test_a_full_disk_is_reported_and_survived(
             checkpoints.wait()
         assert checkpoints.saved_step == 1
         full_disk(False)
+        gc.collect()
+        assert not caplog.records
         assert capfd.readouterr().err.count("jaxgpt: cannot save step 2") == (on_save_error == "continue")
         checkpoints.save(3, *make(3, width), metadata={"seed": 3})
         checkpoints.wait()
