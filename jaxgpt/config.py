@@ -39,7 +39,7 @@ class ModelConfig:
     n_heads: int = 12
     """Query heads (H)."""
     n_kv_heads: int | None = None
-    """Key/value heads (G): n_heads is multi-head, 1 is multi-query, between is grouped-query attention. Default: n_heads."""
+    """Key/value heads (G): 1 is multi-query, fewer than n_heads is grouped-query attention. Default: n_heads."""
     head_dim: int | None = None
     """Width of one head (K). Default: d_model / n_heads."""
     d_ff: int | None = None
@@ -89,7 +89,8 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
     init: Literal["gpt2", "nanogpt"] = "gpt2"
-    """N(0, 0.02), residual projections divided by sqrt(2L); gpt2 draws positions from N(0, 0.01), nanogpt from N(0, 0.02)."""
+    """Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
+    learned positions from N(0, 0.01)."""
 
     def __post_init__(self) -> None:
         _require_range(
@@ -200,11 +201,9 @@ class OptimizerConfig:
     """The update rule (Optax), its learning-rate schedule, and what keeps it stable."""
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """Update rule. muon orthogonalises the matrices' momentum; embeddings, norms and biases take AdamW."""
+    """Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW."""
     peak_lr: float = 6e-4
     """Learning rate after warm-up."""
-    adam_lr: float = 3e-3
-    """With muon: the learning rate of the parameters that AdamW updates."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Shape after warm-up; wsd is warm-up, stable, linear decay."""
     warmup_steps: int = 100
@@ -227,10 +226,11 @@ class OptimizerConfig:
     """Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        positive = dict(peak_lr=self.peak_lr, adam_lr=self.adam_lr, epsilon=self.epsilon)
+        positive = dict(peak_lr=self.peak_lr, epsilon=self.epsilon)
         for name, value in positive.items():
             _require(0 < value < math.inf, f"optimizer.{name} is {value}: it must be positive")
-        _require_range("optimizer", 0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        _require_range("optimizer", 0, warmup_steps=self.warmup_steps, clip_norm=self.clip_norm)
+        _require_range("optimizer", 0, weight_decay=self.weight_decay)
         _require_range("optimizer", 0, 1, final_lr_ratio=self.final_lr_ratio, decay_fraction=self.decay_fraction)
         _require_range("optimizer", 0, 0.999999, beta1=self.beta1, beta2=self.beta2, ema_decay=self.ema_decay)
 
@@ -383,7 +383,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     """Every field that differs, as `section.field -> (old, new)`."""
 
     def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-        flat = {}
+        flat: dict[str, Any] = {}
         for f in dataclasses.fields(config):
             value = getattr(config, f.name)
             nested = dataclasses.is_dataclass(value)

@@ -1,0 +1,98 @@
+"""The update rule: Optax transformations chosen by the configuration, and the learning-rate schedule."""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxgpt.config import OptimizerConfig
+from jaxgpt.model import parameter_name
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then the configured shape down to `final_lr_ratio` of the peak at step `steps`."""
+    peak, final = config.peak_lr, config.peak_lr * config.final_lr_ratio
+    warmup = min(config.warmup_steps, steps)
+    rest = max(steps - warmup, 1)
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio)
+        case "linear":
+            after = optax.linear_schedule(peak, final, rest)
+        case "wsd":
+            decay = min(max(int(steps * config.decay_fraction), 1), rest)
+            after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+        case _:
+            after = optax.constant_schedule(peak)
+    # Step 0 already learns: its rate is peak / (warmup + 1), not 0.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def decays(path: tuple[Any, ...]) -> bool:
+    """Weight decay is for matrices and embeddings; by name, since a stacked norm [L, D] looks like a matrix."""
+    return parameter_name(path).rsplit(".", 1)[-1] not in ("bias", "scale")
+
+
+def _decay_mask(parameters: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), parameters)
+
+
+def _muon_dimensions(parameters: Any) -> Any:
+    """Which axes of a kernel [L, ...] are its input and its output; None for what AdamW updates."""
+
+    def dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers | None:
+        name = parameter_name(path)
+        if not name.endswith(".kernel"):
+            return None
+        inputs = p.ndim - 2 if name.endswith("attention.output.kernel") else 1  # H and K are merged there
+        return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
+
+    return jax.tree_util.tree_map_with_path(dimensions, parameters)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, scale by the configured rule, add decoupled weight decay, scale by the learning rate.
+
+    Sources: AdamW arXiv:1711.05101, Lion arXiv:2302.06675, Adafactor arXiv:1804.04235, Muon arXiv:2502.16982 (whose
+    update has the size of AdamW's, so that one learning rate serves matrices and embeddings).
+    """
+    match config.name:
+        case "adamw":
+            rule = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+        case "lion":
+            rule = optax.scale_by_lion(config.beta1, config.beta2)
+        case "adafactor":
+            rule = optax.chain(
+                optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+            )
+        case "muon":
+            descend = muon(
+                1.0,
+                beta=config.beta1,
+                eps=config.epsilon,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                muon_weight_dimension_numbers=_muon_dimensions,
+                consistent_rms=0.2,
+            )
+            rule = optax.chain(_sharded_by_compiler(descend), optax.scale(-1.0))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        rule,
+        optax.add_decayed_weights(config.weight_decay, _decay_mask),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def _sharded_by_compiler(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let the compiler lay out what is inside an update: Muon's products contract over axes that are cut."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if jax.sharding.get_abstract_mesh().empty:
+            return rule.update(updates, state, params)
+        layout = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        return jax.sharding.auto_axes(rule.update, out_sharding=layout)(updates, state, params)
+
+    return optax.GradientTransformation(rule.init, update)

@@ -1,0 +1,142 @@
+"""One training step as a pure function: `train_step(state, batch) -> (state, metrics)`.
+
+Letters: A accumulation steps, B batch, T length, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt.config import TrainConfig
+from jaxgpt.data.loader import Batch
+from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy
+from jaxgpt.model import Transformer
+from jaxgpt.training.optimizer import learning_rate, make_optimizer
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes; every leaf is an array with its sharding."""
+
+    step: jax.Array
+    """Updates done, int32."""
+    model: Transformer
+    optimizer: Any
+    ema: Transformer | None
+    """Moving average of the parameters, when `optimizer.ema_decay` is set."""
+
+    @property
+    def averaged(self) -> Transformer:
+        """The parameters to evaluate and sample with."""
+        return self.model if self.ema is None else self.ema
+
+
+def init_state(config: TrainConfig) -> TrainState:
+    """The state before step 0, a pure function of the seed. Jit it, so that parameters are born sharded."""
+    model = Transformer(config.model, jax.random.key(config.training.seed))
+    optimizer = make_optimizer(config.optimizer, config.training.steps).init(model)
+    ema = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer, ema)
+
+
+def loss_options(config: TrainConfig) -> LossOptions:
+    """The static choices of the loss."""
+    assert config.model.vocab_size is not None
+    return LossOptions(
+        config.model.vocab_size, config.model.logit_softcap, config.training.z_loss, config.training.loss_chunks
+    )
+
+
+def batch_loss(
+    model: Transformer, batch: Batch, weights_BT: jax.Array, options: LossOptions, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of the token losses (with z-loss), and the negative log-likelihood of each token [B, T] in nats."""
+    x_BTD, _ = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segment_ids, dropout_key=dropout_key)
+    return linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options)
+
+
+def _gradients(
+    model: Transformer, batch: Batch, options: LossOptions, parts: int, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Tokens, mean loss and its gradients, over all labels of the batch, one part of the rows at a time."""
+    real_BT = batch.labels >= 0
+    tokens = real_BT.sum()
+    weights_BT = real_BT / jnp.maximum(tokens, 1)
+
+    def loss(model: Transformer, batch: Batch, weights_BT: jax.Array, key: jax.Array | None) -> tuple:
+        total, losses_BT = batch_loss(model, batch, weights_BT, options, key)
+        return total, (weights_BT * losses_BT).sum()
+
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        grads, nll = gradient(model, batch, weights_BT, key)
+        return tokens, nll, grads
+
+    def split(a_BT: jax.Array) -> jax.Array:
+        # Rows a, a + A, a + 2A ... go to part a: each device then keeps the rows that it has.
+        return jnp.moveaxis(a_BT.reshape(a_BT.shape[0] // parts, parts, *a_BT.shape[1:]), 1, 0)
+
+    def add(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        part, weights, number = inputs
+        grads, nll = gradient(model, part, weights, None if key is None else jax.random.fold_in(key, number))
+        return (carry[0] + nll, jax.tree.map(jnp.add, carry[1], grads)), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+    inputs = (jax.tree.map(split, batch), split(weights_BT), jnp.arange(parts))
+    (nll, grads), _ = jax.lax.scan(add, start, inputs)
+    return tokens, nll, grads
+
+
+def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step; it takes over (donates) the state that it is given.
+
+    An update that is not finite, in loss or gradient, is not applied: only `step` moves on, and `finite` is False.
+    Dropout draws from (seed, step), so that a resumed run repeats it.
+    """
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    rate = learning_rate(config.optimizer, config.training.steps)
+    options, decay = loss_options(config), config.optimizer.ema_decay
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = None
+        if config.model.dropout:
+            key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+        parts = config.training.accumulation_steps
+        tokens, loss, grads = _gradients(state.model, batch, options, parts, key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.model)
+        new_model = optax.apply_updates(state.model, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        ema = state.ema
+        if ema is not None:
+            ema = keep(jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, new_model), ema)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate(state.step),
+            "tokens": tokens,
+            "finite": finite,
+        }
+        new_state = TrainState(state.step + 1, keep(new_model, state.model), keep(new_optimizer, state.optimizer), ema)
+        return new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: TrainConfig) -> Callable[[Transformer, Batch], jax.Array]:
+    """Compiled: the sum of the negative log-likelihoods of each row, float32 [B], in nats."""
+    options = loss_options(config)
+
+    def eval_step(model: Transformer, batch: Batch) -> jax.Array:
+        _, losses_BT = batch_loss(model, batch, jnp.zeros(batch.labels.shape), options)
+        return losses_BT.sum(-1)
+
+    return jax.jit(eval_step)
