@@ -35,6 +35,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.config import CheckpointConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError
+from jaxgpt.files import sync
 
 FORMAT = 1
 _PARTS = ("model", "rest", "manifest", "commit_success.txt")  # Orbax writes the last, but never looks at it
@@ -220,7 +221,7 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
     Raises BadFileError when nothing can be restored, ConfigError when a leaf differs in name, shape or dtype.
     """
     _set_up_orbax()
-    directory = run_dir / "checkpoints"
+    directory = (run_dir / "checkpoints").absolute()
     found = _newest_good(directory, {"model": abstract_model}, only=step)
     if found is None:
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -256,7 +257,7 @@ class Checkpoints(contextlib.ExitStack):
         self.saved_step: int | None = None
         """The newest step that is known to be durable."""
         self._config = config
-        self._directory = run_dir / "checkpoints"
+        self._directory = (run_dir / "checkpoints").absolute()  # Orbax takes no other
         self._primary = jax.process_index() == 0  # alone renames and deletes
         self._pending: tuple[int, Future[None]] | None = None
         if self._primary:
@@ -269,6 +270,10 @@ class Checkpoints(contextlib.ExitStack):
                 raise StorageError(f"cannot write {where}: {_one_line(error)}; choose another run_dir") from error
         self._worker = self.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         self.callback(self.wait)
+
+    def steps(self) -> list[int]:
+        """Steps that are there, intact or not, oldest first."""
+        return _steps(self._directory)
 
     def save(self, step: int, model: Any, rest: Any, metadata: Any) -> None:
         """Copy two pytrees of arrays to the host, and write them in the background as `step`.
@@ -315,6 +320,11 @@ class Checkpoints(contextlib.ExitStack):
             if error is not None:
                 self._report(step, error)
 
+    def poll(self) -> None:
+        """Report a save that has failed by now as `wait` does, without waiting for one that goes on."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
     def restore(self, abstract_model: Any, abstract_rest: Any) -> tuple[int, Any, Any, Any] | None:
         """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved.
 
@@ -338,9 +348,7 @@ class Checkpoints(contextlib.ExitStack):
             return
         path = self._directory / str(step)
         for written in (*path.rglob("*"), path, self._directory):  # Orbax syncs only its large files
-            descriptor = os.open(written, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(written)
         self.saved_step = step
         steps = [s for s in _steps(self._directory) if not _missing(self._directory / str(s))]
         keep = {step, *steps[-self._config.keep_last :]}

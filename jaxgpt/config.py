@@ -252,7 +252,7 @@ class TrainingConfig:
     eval_every: int = 250
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_batches: int = 20
-    """Batches in one evaluation; the last evaluation takes all held-out text when this is 0."""
+    """Batches in one evaluation, spread evenly over the held-out text; 0 takes all of it."""
     z_loss: float = 0.0
     """Weight of the squared log-partition, which keeps logits near zero."""
     loss_chunks: int = 8
@@ -311,6 +311,12 @@ class MeshConfig:
         _require(all(size == -1 or size >= 1 for size in sizes), f"mesh {sizes}: sizes must be -1 or at least 1")
         _require(sizes.count(-1) <= 1, f"mesh {sizes}: only one size can be -1")
 
+    @property
+    def size(self) -> int | None:
+        """Devices in all; None when that is as many as there are."""
+        sizes = (self.data, self.fsdp, self.tensor)
+        return None if -1 in sizes else math.prod(sizes)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -320,6 +326,8 @@ class TrainConfig:
     """Names the run."""
     run_dir: str = ""
     """Directory of config, tokenizer, checkpoints and metrics. Default: runs/NAME."""
+    allow_change: tuple[str, ...] = ()
+    """Settings, such as training.steps, that may differ from those of the run that is resumed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,7 +15,9 @@ A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`.
 import difflib
 import errno
 import faulthandler
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -25,7 +27,7 @@ class JaxgptError(Exception):
     exit_status = 70
 
 
-class ConfigError(JaxgptError, ValueError):
+class ConfigError(JaxgptError):
     """The command line or the configuration is wrong."""
 
     exit_status = 2
@@ -85,6 +87,7 @@ def run_command(command: Callable[[list[str]], object]) -> None:
     `--debug` anywhere on the command line keeps the traceback of a user's error too.
     """
     faulthandler.enable()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     try:
@@ -102,7 +105,11 @@ def run_command(command: Callable[[list[str]], object]) -> None:
         sys.exit(0)
     except OSError as error:
         if debug or error.errno not in _STORAGE_ERRNOS:
-            raise
+            traceback.print_exc()
+            sys.exit(StorageError.exit_status if error.errno in _STORAGE_ERRNOS else JaxgptError.exit_status)
         where = error.filename2 or error.filename or "a file"
         _report(f"cannot write or read {where}: {error.strerror}; free space or choose another path")
         sys.exit(StorageError.exit_status)
+    except Exception:  # a bug
+        traceback.print_exc()
+        sys.exit(JaxgptError.exit_status)

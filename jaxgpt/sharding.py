@@ -12,12 +12,15 @@ Stored parameters are also cut along D over `fsdp` and gathered just before use 
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxgpt.config import MeshConfig, ModelConfig
 from jaxgpt.errors import ConfigError
+
+PyTree = TypeVar("PyTree")
 
 ACTIVATION = {"B": ("data", "fsdp"), "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 PARAMETER = ACTIVATION | {"D": "fsdp"}
@@ -77,6 +80,7 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
             raise ConfigError(f"{name} {size} does not divide over {axis} {parts}; change one of them")
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How [B, T] arrays from the host are placed."""
-    return NamedSharding(mesh, spec("BT"))
+def place_batch(batch: PyTree) -> PyTree:
+    """Put a tree of this process's rows, [B, T] arrays of the host, on the devices of the current mesh."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("BT"))
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

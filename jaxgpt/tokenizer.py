@@ -19,6 +19,7 @@ import sentencepiece
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.files import write_atomically
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _PROBE = f" a  b\r\n\t{SPACE}\n   \x00\ufeffe\u0301 \U0001f642</s><0x41> "
@@ -79,12 +80,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the .model file so that a reader sees all of it or nothing."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(self.model_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(Path(path), self.model_bytes)
 
     def encode(
         self,

@@ -7,7 +7,7 @@ mix cost 65 to 177 us a row, which alone is more than reading the row.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,15 +19,18 @@ MIXTURE_PERIOD = 10_000  # draws after which the mixture's pattern repeats: weig
 _READ_AHEAD = 8  # batches
 
 
+Ints = Any  # a NumPy array on the host, a JAX array on the devices
+
+
 class Batch(NamedTuple):
     """One batch; every field is int32 [B, T]."""
 
-    tokens: np.ndarray
-    labels: np.ndarray
+    tokens: Ints
+    labels: Ints
     """The next token; -1 (ignored) where that belongs to another document, and at padding."""
-    segment_ids: np.ndarray
+    segment_ids: Ints
     """Counts the documents of a row from 1; 0 is padding."""
-    positions: np.ndarray
+    positions: Ints
     """Counts tokens from 0 at the start of each document, and at the start of the row."""
 
 

@@ -31,11 +31,11 @@ from jaxgpt.data.shards import (
     finished_shards,
     open_nanogpt,
     open_prepared,
-    write_atomically,
     write_meta,
     write_shard,
 )
 from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.files import write_atomically
 from jaxgpt.tokenizer import Tokenizer, train_tokenizer
 
 BATCH_CHARACTERS = 4 * 2**20  # text that is encoded at once, over all threads

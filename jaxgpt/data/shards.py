@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxgpt.data.corpus import Document
 from jaxgpt.errors import BadFileError
+from jaxgpt.files import write_atomically
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -81,16 +82,6 @@ class Corpus:
     """The same text after `gzip -9`: what any compressor gets without learning."""
     fingerprint: str
     """Changes when any token does; a resumed run compares it."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there completely or not at all, also after a power failure."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:

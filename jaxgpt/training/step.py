@@ -3,7 +3,6 @@
 Letters: A accumulation steps, B batch, T length, D model width, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,18 @@ class TrainState:
     def averaged(self) -> Transformer:
         """The parameters to evaluate and sample with."""
         return self.model if self.ema is None else self.ema
+
+    def parts(self) -> tuple[Transformer, dict[str, Any]]:
+        """What a checkpoint holds: the model that generation reads, and all else."""
+        raw = None if self.ema is None else self.model
+        return self.averaged, {"step": self.step, "optimizer": self.optimizer, "raw_model": raw}
+
+    @classmethod
+    def join(cls, averaged: Transformer, rest: dict[str, Any]) -> "TrainState":
+        """The state of `parts`."""
+        raw = rest["raw_model"]
+        model, ema = (averaged, None) if raw is None else (raw, averaged)
+        return cls(rest["step"], model, rest["optimizer"], ema)
 
 
 def init_state(config: TrainConfig) -> TrainState:
@@ -94,8 +105,8 @@ def _gradients(
     return tokens, nll, grads
 
 
-def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step; it takes over (donates) the state that it is given.
+def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
+    """The jitted step, (state, batch) -> (state, metrics); it takes over (donates) the state that it is given.
 
     An update that is not finite, in loss or gradient, is not applied: only `step` moves on, and `finite` is False.
     Dropout draws from (seed, step), so that a resumed run repeats it.
@@ -110,7 +121,7 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
             key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         parts = config.training.accumulation_steps
         tokens, loss, grads = _gradients(state.model, batch, options, parts, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, new_optimizer = optimizer.update(grads, state.optimizer, state.model)
         new_model = optax.apply_updates(state.model, updates)
@@ -121,7 +132,7 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": rate(state.step),
+            "learning_rate": rate(state.optimizer[-1].count),  # less than the step after skipped updates
             "tokens": tokens,
             "finite": finite,
         }
@@ -131,8 +142,8 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: TrainConfig) -> Callable[[Transformer, Batch], jax.Array]:
-    """Compiled: the sum of the negative log-likelihoods of each row, float32 [B], in nats."""
+def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
+    """Jitted, (model, batch) -> the sum of the negative log-likelihoods of each row, float32 [B], in nats."""
     options = loss_options(config)
 
     def eval_step(model: Transformer, batch: Batch) -> jax.Array:

@@ -1,0 +1,64 @@
+"""How much arithmetic a model needs, and how much a device can do: the two numbers behind MFU.
+
+Model FLOPs utilisation (arXiv:2204.02311, appendix B) counts the operations that the mathematics needs, not those that
+recomputation adds: two for each multiply-add of the forward pass and twice that for the backward pass.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxgpt.config import ModelConfig
+
+PEAK_FLOPS = {  # of one device, dense bfloat16, from the makers' data sheets
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def forward_flops_per_token(config: ModelConfig) -> float:
+    """Operations of one token's forward pass, a mean over a full sequence: matrix products, and attention over the
+    keys that the causal mask and the layer's window leave (boundaries of packed documents are not subtracted).
+    """
+    D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.key_dim
+    products = D * K * (2 * H + 2 * G) + D * config.ff_dim * (3 if config.gated_mlp else 2)
+    seen = np.arange(1, config.context_length + 1)
+    keys = sum(np.minimum(seen, window or seen).mean() for window in config.layer_windows)
+    attention = 2 * H * K * keys  # scores, and the weighted mean of the values
+    return 2.0 * (config.n_layers * products + D * (config.vocab_size or 0) + attention)
+
+
+@functools.cache
+def _measured_cpu_flops() -> float:
+    """The speed of a float32 matrix product on all cores, best of ten: a CPU's peak is not in its name. Takes 0.5 s."""
+    device = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    a = jax.device_put(np.ones((1024, 1024), np.float32), device)
+    multiply = jax.jit(jnp.matmul).lower(a, a).compile()
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(seconds)
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """Operations a second that all devices of the mesh could do at best; None for a device that is not in the table.
+
+    On CPUs it is measured: simulated devices share the same cores.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return _measured_cpu_flops() * jax.process_count()
+    peak = PEAK_FLOPS.get(device.device_kind)
+    return None if peak is None else peak * mesh.size

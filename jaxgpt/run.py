@@ -1,0 +1,92 @@
+"""A run directory: everything about one run, and all that generation needs.
+
+config.json       the resolved configuration
+tokenizer.model   the SentencePiece model
+checkpoints/      steps, see checkpoint.py
+metrics.jsonl     one record a line; tensorboard/ holds the same
+LOCK              held by the process that trains
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxgpt.checkpoint import restore_model
+from jaxgpt.config import ModelConfig, TrainConfig, differences, from_json, to_json
+from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.files import write_atomically
+from jaxgpt.model import Transformer
+from jaxgpt.tokenizer import Tokenizer
+
+MAY_DIFFER = (
+    "name", "run_dir", "allow_change", "mesh.", "checkpoint.", "data.cache_dir", "model.scan_layers", "model.remat",
+    "training.log_every", "training.eval_", "training.loss_chunks", "training.sample_", "training.wandb",
+)  # fmt: skip
+"""Settings that a resumed run may change freely: they leave what is computed alone, up to rounding."""
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration of a run. Raises BadFileError when there is none or it is damaged."""
+    path = run_dir / "config.json"
+    try:
+        return from_json(path.read_text("utf-8"), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadFileError(f"checkpoint {run_dir}: there is no config.json; name a run directory of train.py") from None
+    except UnicodeDecodeError:
+        raise BadFileError(f"{path} is not UTF-8 text; restore the file or start a new run") from None
+
+
+def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
+    """Raise ConfigError, naming each field, when a run would be resumed with settings that change what it computes."""
+    changed = differences(old, new)
+    if new.model.vocab_size is None:  # not yet taken from the tokenizer
+        changed.pop("model.vocab_size", None)
+    bad = [key for key in changed if not key.startswith(MAY_DIFFER) and key not in new.allow_change]
+    if bad:
+        listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in bad)
+        raise ConfigError(
+            f"run directory {new.run_path} holds another configuration: {listed}; choose another --run-dir, "
+            f"or pass --allow-change {' '.join(bad)}"
+        )
+
+
+def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The configuration with the vocabulary of the tokenizer, unless it names a larger one."""
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
+        )
+    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def write_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Put the configuration and the tokenizer into the run directory."""
+    tokenizer.save(config.run_path / "tokenizer.model")
+    write_atomically(config.run_path / "config.json", to_json(config).encode())
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model and its tokenizer, ready for use on the current mesh."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    model: Transformer
+
+
+def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:
+    """The newest intact checkpoint of a run, or that of `step`, on the current mesh.
+
+    Raises BadFileError when the directory is no run, is damaged or holds no checkpoint.
+    """
+    config = read_config(run_dir).model
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.model")
+    abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    _, model, metadata = restore_model(run_dir, abstract, step)
+    if metadata["tokenizer_sha256"] != tokenizer.sha256:
+        raise BadFileError(f"tokenizer {run_dir / 'tokenizer.model'}: it is not the one of the training; restore it")
+    return TrainedModel(config, tokenizer, model)

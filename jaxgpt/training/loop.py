@@ -1,0 +1,269 @@
+"""The training loop: it dispatches steps, reports the one before, evaluates, saves, and stops when it is asked to.
+
+What is computed is a pure function of the configuration and the data; the loop owns what is around it: files, signals,
+the terminal. Before a save all records up to that step are written, so that a run which is killed and resumed has the
+same records as one that never stopped.
+"""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import jax
+
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import TrainConfig
+from jaxgpt.data.loader import Batch, EvalWindows, Loader
+from jaxgpt.data.prepare import prepare_corpora
+from jaxgpt.data.shards import Corpus
+from jaxgpt.errors import BadFileError, Stopped, StorageError, TrainingError
+from jaxgpt.generation.engine import Engine
+from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.model import parameter_count
+from jaxgpt.roofline import forward_flops_per_token, peak_flops
+from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_run
+from jaxgpt.sharding import check_divides, make_mesh, place_batch
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.training.evaluation import evaluate, gzip_bits_per_byte
+from jaxgpt.training.metrics import Display, MetricsLog, Record, Speed
+from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the second one leaves the process at once."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._requested = False
+
+    def __call__(self) -> bool:
+        return self._requested
+
+    def _handle(self, *_: object) -> None:
+        if self._requested:
+            saved = self._checkpoints.saved_step
+            os.write(2, f"jaxgpt: left at once; the newest saved step is {saved}, the same command resumes\n".encode())
+            os._exit(Stopped.exit_status)
+        self._requested = True
+        os.write(2, b"\njaxgpt: saving, then leaving (once more: leave at once)\n")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(config: TrainConfig) -> None:
+    """Train, or go on with, the run of `config.run_path`, until its last step.
+
+    Raises ConfigError for settings that cannot be, BadFileError for bad data or checkpoints, StorageError when the
+    disk refuses, TrainingError when the loss is not finite or memory runs out, Stopped after Ctrl-C or SIGTERM.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh, config.model, config.training.batch_size // config.training.accumulation_steps)
+    with jax.set_mesh(mesh), Checkpoints(config.run_path, config.checkpoint) as checkpoints:
+        resumable = (config.run_path / "config.json").exists() and checkpoints.steps()
+        if resumable:
+            refuse_other_config(read_config(config.run_path), config)
+        tokenizer, corpora = prepare_corpora(config.data, config.tokenizer)
+        config = with_vocabulary(config, tokenizer)
+        write_run(config, tokenizer)
+        try:
+            Trainer(config, checkpoints, tokenizer, corpora).run()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            remedy = "lower training.batch_size, raise training.accumulation_steps, or set model.remat full"
+            raise TrainingError(f"the devices have too little memory: {reason}; {remedy}") from error
+
+
+@dataclass
+class Trainer:
+    """One run in progress."""
+
+    config: TrainConfig
+    checkpoints: Checkpoints
+    tokenizer: Tokenizer
+    corpora: list[Corpus]
+
+    def __post_init__(self) -> None:
+        training, length = self.config.training, self.config.model.context_length
+        weights, size = self.config.data.weights, training.batch_size
+        self.loader = Loader(self.corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
+        self.windows = EvalWindows(self.corpora, batch_size=size, sequence_length=length, batches=training.eval_batches)
+        self.provenance = {
+            "seed": training.seed,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "data": [corpus.fingerprint for corpus in self.corpora],
+        }
+        self.eval_step = make_eval_step(self.config)
+        self.stop = StopRequest(self.checkpoints)
+        self.speed = Speed()
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from the seed, to the last step."""
+        state, start = self.first_state()
+        primary = jax.process_index() == 0
+        with ExitStack() as stack:
+            self.display = stack.enter_context(Display(self.config.training.steps, start, quiet=not primary))
+            self.log = MetricsLog(self.config, start) if primary else None
+            if self.log:
+                stack.callback(self.log.close)
+            stack.enter_context(self.stop.listening())
+            self.announce(state, start)
+            state = self.steps(state, start)
+        self.checkpoints.wait()
+        if primary:
+            self.sample(state)
+
+    def first_state(self) -> tuple[TrainState, int]:
+        """The newest intact checkpoint, or the initial state, and its step."""
+        abstract = jax.eval_shape(lambda: init_state(self.config))
+        bytes_needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        bytes_free = shutil.disk_usage(self.config.run_path).free
+        if bytes_free < 2 * bytes_needed:
+            raise StorageError(
+                f"{self.config.run_path}: {bytes_free / 1e9:.2f} GB are free, and two checkpoints need "
+                f"{2 * bytes_needed / 1e9:.2f} GB; make room or choose another --run-dir"
+            )
+        restored = self.checkpoints.restore(*abstract.parts())
+        if restored is None:
+            return jax.jit(init_state, static_argnums=0)(self.config), 0
+        step, model, rest, provenance = restored
+        for name, was in provenance.items():
+            if was != self.provenance[name]:
+                raise BadFileError(
+                    f"run {self.config.run_path}: its {name} has changed since step {step} was saved; restore what it "
+                    f"was trained on, or choose another --run-dir"
+                )
+        return TrainState.join(model, rest), step
+
+    def announce(self, state: TrainState, start: int) -> None:
+        """What is about to run, in two lines."""
+        mesh, training, model = jax.sharding.get_mesh(), self.config.training, self.config.model
+        tokens = training.batch_size * model.context_length
+        axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        epochs = training.steps / self.loader.steps_per_epoch
+        self.display.say(
+            f"{self.config.name}: {parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, on "
+            f"{mesh.devices.flat[0].device_kind} ({axes})"
+        )
+        self.display.say(
+            f"{training.steps} steps of {tokens:,} tokens ({epochs:.2f} epochs) into {self.config.run_path}"
+            + (f", going on after step {start}" if start else "")
+        )
+        if not len(self.windows):
+            self.display.say("nothing is held out: there will be no evaluation")
+
+    def steps(self, state: TrainState, start: int) -> TrainState:
+        """All steps after `start`; a step number counts the updates that are done."""
+        training = self.config.training
+        if start and self.evaluation_due(start):
+            self.evaluate(start, state)
+        if start >= training.steps:
+            self.display.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
+            return state
+        batches = self.loader.iterate(start)
+        batch = place_batch(next(batches))
+        step_function = self.compiled(state, batch)
+        before: tuple[int, Metrics] | None = None
+        self.speed.resume()
+        for step in range(start + 1, training.steps + 1):
+            state, metrics = step_function(state, batch)
+            if before:
+                self.report(*before)
+            self.checkpoints.poll()
+            before = step, metrics
+            last = step == training.steps
+            if last or self.stop() or step % self.config.checkpoint.every == 0 or self.evaluation_due(step):
+                self.report(*before)
+                before = None
+                if self.evaluation_due(step) and not self.stop():
+                    self.evaluate(step, state)
+                if last or self.stop() or step % self.config.checkpoint.every == 0:
+                    self.save(step, state)
+                self.speed.resume()
+            if self.stop() and not last:
+                self.checkpoints.wait()
+                raise Stopped(f"stopped after step {step}, which is saved; run the same command to go on")
+            if not last:
+                batch = place_batch(next(batches))
+        return state
+
+    def compiled(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+        """The training step for exactly these shapes: it can never compile again."""
+        began = time.perf_counter()
+        step_function = make_train_step(self.config).lower(state, batch).compile()
+        memory = step_function.memory_analysis()
+        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+        seconds = time.perf_counter() - began
+        self.display.say(f"compiled the step in {seconds:.1f} s; it needs {need / 2**30:.2f} GiB on each device")
+        return step_function
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """Wait for the metrics of a step, show them, and record them when they are due."""
+        values = jax.device_get(metrics)
+        self.speed.step()
+        if not values["finite"]:
+            names = self.loader.documents(step - 1)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise TrainingError(
+                f"training step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} is not finite, "
+                f"for documents {', '.join(names[:5]) or 'without names'}{more}; the newest saved step is "
+                f"{self.checkpoints.saved_step}: look at these documents, or lower optimizer.peak_lr"
+            )
+        tokens = self.config.training.batch_size * self.config.model.context_length
+        record: Record = {
+            "step": step,
+            "loss": float(values["loss"]),
+            "tokens_per_second": tokens / self.speed.seconds_per_step(),
+            "learning_rate": float(values["learning_rate"]),
+            "grad_norm": float(values["grad_norm"]),
+            "tokens": step * tokens,
+        }
+        if peak := peak_flops(jax.sharding.get_mesh()):
+            record["mfu"] = record["tokens_per_second"] * 3 * forward_flops_per_token(self.config.model) / peak
+        due = step % self.config.training.log_every == 0 or step == self.config.training.steps
+        self.display.step(record, self.speed.seconds_per_step(), due=due)
+        if due:
+            if self.log:
+                self.log.write(record)
+            self.speed.restart()
+
+    def evaluation_due(self, step: int) -> bool:
+        every, last = self.config.training.eval_every, step == self.config.training.steps
+        done = self.log is not None and step in self.log.evaluated
+        return bool(len(self.windows)) and not done and (last or bool(every and step % every == 0))
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Measure the averaged parameters on held-out text, unless a stop comes in between: a resumed run then does."""
+        figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, self.stop)
+        if figures is None:
+            return
+        record = {"step": step, **figures}
+        self.display.evaluation(record, gzip_bits_per_byte(self.corpora))
+        if self.log:
+            self.log.write(record)
+
+    def save(self, step: int, state: TrainState) -> None:
+        if self.log:
+            self.log.sync()
+        self.checkpoints.save(step, *state.parts(), self.provenance)
+
+    def sample(self, state: TrainState) -> None:
+        """Print what the model writes."""
+        training = self.config.training
+        if not training.sample_tokens:
+            return
+        params = SamplingParams(max_new_tokens=training.sample_tokens, temperature=0.8, top_p=0.95, seed=training.seed)
+        (completion,) = Engine(state.averaged, self.tokenizer).generate([training.sample_prompt], params)
+        print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)

@@ -1,0 +1,156 @@
+"""Records of a run: `metrics.jsonl`, TensorBoard and W&B for machines, a live bar or plain lines for people."""
+
+import errno
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tensorboardX import SummaryWriter
+
+from jaxgpt.config import TrainConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.files import write_atomically
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """One JSON object a line, never torn, and no step twice: what a killed run wrote after `step` is cut off first."""
+
+    def __init__(self, config: TrainConfig, step: int) -> None:
+        """`step`: the step that was restored, 0 for a new run. Raises ConfigError without wandb when it is wanted."""
+        path = config.run_path / "metrics.jsonl"
+        kept = _records_until(path, step)
+        write_atomically(path, b"".join(_line(record) for record in kept))
+        self.evaluated = {record["step"] for record in kept if "val_loss" in record}
+        """Steps whose evaluation is recorded."""
+        self._file = path.open("ab", buffering=0)
+        self._board = SummaryWriter(str(config.run_path / "tensorboard"), purge_step=step + 1)
+        self._wandb = _start_wandb(config) if config.training.wandb else None
+
+    def write(self, record: Record) -> None:
+        """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
+        line, end = _line(record), os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        except OSError:
+            self._file.truncate(end)
+            raise
+        if "val_loss" in record:
+            self.evaluated.add(record["step"])
+        numbers = {name: value for name, value in record.items() if name != "step"}
+        for name, value in numbers.items():
+            self._board.add_scalar(name.replace("val_", "val/"), value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def sync(self) -> None:
+        """Return when all records are on the disk: before a checkpoint that follows them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def _records_until(path: Path, step: int) -> list[Record]:
+    """The whole records up to a step, in order; a line that a dying machine tore is not one."""
+    records: list[Record] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            if record["step"] <= step:
+                records.append(record)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return records
+
+
+def _start_wandb(config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("training.wandb: wandb is not installed; run: pip install wandb") from None
+    return wandb.init(project="jaxgpt", name=config.name, dir=config.run_path, config=asdict(config), resume="allow")
+
+
+class Speed:
+    """Steps and seconds since the last record, without what stands between them: evaluations, saves, compilation."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Go on counting time from now."""
+        self._since = time.perf_counter()
+
+    def step(self) -> None:
+        now = time.perf_counter()
+        self._steps, self._seconds, self._since = self._steps + 1, self._seconds + now - self._since, now
+
+    def seconds_per_step(self) -> float:
+        return self._seconds / max(self._steps, 1)
+
+    def restart(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+
+
+class Display:
+    """What a person sees: a bar that moves with every step on a terminal, a line for each record otherwise."""
+
+    def __init__(self, steps: int, start_step: int, *, quiet: bool = False) -> None:
+        """`quiet`: another process speaks for this one."""
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._steps = steps
+        columns = TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)
+        self._task = self._bar.add_task("", total=steps, completed=start_step, figures="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def step(self, record: Record, seconds_per_step: float, *, due: bool) -> None:
+        """Show one training step; plain lines only when its record is `due`."""
+        left = (self._steps - record["step"]) * seconds_per_step
+        speed, mfu = f"{record['tokens_per_second']:,.0f} tokens/s", f"MFU {_percent(record.get('mfu'))}"
+        figures = f"loss {record['loss']:.4f}  {speed}  {mfu}  {_clock(left)} left"
+        self._bar.update(self._task, completed=record["step"], figures=figures)
+        if due and self._bar.disable:
+            self.say(f"step {record['step']}/{self._steps}  {figures}")
+
+    def evaluation(self, record: Record, gzip_bits: float | None) -> None:
+        """Show what the held-out text costs, beside what gzip needs for it."""
+        bits, error = record["val_bits_per_byte"], record["val_bits_per_byte_se"]
+        beside = "" if gzip_bits is None else f"  (gzip -9: {gzip_bits:.3f})"
+        loss = f"held-out loss {record['val_loss']:.4f}"
+        self.say(f"step {record['step']}/{self._steps}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f} %"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
