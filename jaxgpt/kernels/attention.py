@@ -38,7 +38,7 @@ def attention(
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K, out_sharding=out_sharding("BTGRK"))  # JAX would cut R when G is 1
     scores_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     scores_BGRTS *= K**-0.5
     if softcap is not None:
