@@ -385,18 +385,3 @@ def from_json(text: str, where: str = "configuration") -> TrainConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where}: {key}: {first['msg']}") from None
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Every field that differs, as `section.field -> (old, new)`."""
-
-    def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for f in dataclasses.fields(config):
-            value = getattr(config, f.name)
-            nested = dataclasses.is_dataclass(value)
-            flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
-        return flat
-
-    before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}

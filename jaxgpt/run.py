@@ -10,11 +10,12 @@ LOCK              held by the process that trains
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxgpt.checkpoint import restore_model
-from jaxgpt.config import ModelConfig, TrainConfig, differences, from_json, to_json
+from jaxgpt.config import ModelConfig, TrainConfig, from_json, to_json
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import write_atomically
 from jaxgpt.model import Transformer
@@ -36,6 +37,21 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise BadFileError(f"checkpoint {run_dir}: there is no config.json; name a run directory of train.py") from None
     except UnicodeDecodeError:
         raise BadFileError(f"{path} is not UTF-8 text; restore the file or start a new run") from None
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Every field that differs, as `section.field -> (old, new)`."""
+
+    def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            nested = dataclasses.is_dataclass(value)
+            flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
+        return flat
+
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
