@@ -36,6 +36,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxgpt.config import CheckpointConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError
 from jaxgpt.files import sync
+from jaxgpt.sharding import place_shapes
 
 FORMAT = 1
 _PARTS = ("model", "rest", "manifest", "commit_success.txt")  # Orbax writes the last, but never looks at it
@@ -98,9 +99,9 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 def _describe(leaves: Json) -> Json:
     """What the manifest says of each leaf."""
-    prints = jax.device_get({name: _fingerprint(x) for name, x in leaves.items()})  # one wait for all
+    # One at a time: sums over several CPU devices wait for each other for ever when many are under way.
     return {
-        name: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": prints[name].tolist()}
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": jax.device_get(_fingerprint(x)).tolist()}
         for name, x in leaves.items()
     }
 
@@ -142,13 +143,6 @@ def _refuse_other_leaves(path: Path, stored: Json, wanted: Json) -> None:
             )
 
 
-def _on_current_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
-    """`jax.eval_shape` gives an abstract mesh, or no sharding at all; Orbax needs the devices."""
-    sharding = getattr(leaf, "sharding", None)
-    spec = sharding.spec if isinstance(sharding, jax.NamedSharding) else jax.P()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(jax.sharding.get_mesh(), spec))
-
-
 def _read_arrays(path: Path, wanted: Json) -> Json:
     """The arrays of each item. If one process fails, all raise BadFileError: none waits for another for ever."""
     me = jax.process_index()
@@ -171,7 +165,7 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     Raises BadFileError for damage, ConfigError for another format or a leaf that is not as in the target.
     """
     manifest = _read_manifest(path)
-    wanted = {item: {name: _on_current_mesh(x) for name, x in _flatten(tree).items()} for item, tree in targets.items()}
+    wanted = {item: {name: place_shapes(x) for name, x in _flatten(tree).items()} for item, tree in targets.items()}
     for item, leaves in wanted.items():
         _refuse_other_leaves(path, manifest["leaves"][item], leaves)
     restored = _read_arrays(path, wanted)

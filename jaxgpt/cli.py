@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str], kind: type[Options], program: str, **options
             return tyro.cli(kind, args=list(arguments), prog=program, **options)
     except SystemExit as stop:
         if not stop.code:
+            sys.stdout.flush()  # here, where a reader that has gone is still caught
             raise
         message = _out_of_the_box(said.getvalue())
         raise ConfigError(f"{message}; `{program.split(' [')[0]} --help` lists the options") from None
@@ -77,7 +78,7 @@ def load_preset(name: str) -> TrainConfig:
         near = nearest(name, presets) or f"; there are {', '.join(presets)}"
         raise ConfigError(f"configuration {name}: there is no such file{near}")
     if path.suffix == ".json":
-        return from_json(path.read_text("utf-8"), str(path))
+        return from_json(path.read_bytes(), str(path))
     if path.suffix != ".py":
         raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
     make = runpy.run_path(str(path)).get("config")
@@ -125,7 +126,7 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
     run_dir, samples = Path(options.checkpoint), options.sampling.num_samples
     model = read_config(run_dir).model
     mesh = make_mesh(options.mesh, jax.devices()[: options.mesh.size])
-    check_divides(mesh, model, samples)
+    check_divides(mesh, model)
     with jax.set_mesh(mesh):
         trained = load_run(run_dir, options.step)
         engine = Engine(trained.model, trained.tokenizer)
@@ -162,15 +163,16 @@ def tokenize(arguments: list[str], program: str = "jaxgpt tokenize") -> None:
     options = parse(arguments, TokenizeOptions, program)
     path = Path(options.tokenizer)
     tokenizer = Tokenizer.load(path / "tokenizer.model" if path.is_dir() else path)
-    text = sys.stdin.read() if options.text == "-" else options.text
+    text = sys.stdin.buffer.read().decode(errors="surrogateescape") if options.text == "-" else options.text
     rows = tokenizer.rows(text)
     table = Table("piece", "id", "bytes", box=None, pad_edge=False)
     for piece, token, raw in rows:
         table.add_row(Text(repr(piece)[1:-1]), str(token), raw.hex(" "))
     console = Console(highlight=False)
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
     size = len(text.encode())
-    console.print(f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
+    print(f"{captured.get()}{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
 
 
 def prepare(arguments: list[str], program: str = "jaxgpt data prepare") -> None:

@@ -12,15 +12,19 @@ Stored parameters are also cut along D over `fsdp` and gathered just before use 
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxgpt.config import MeshConfig, ModelConfig
 from jaxgpt.errors import ConfigError
 
 PyTree = TypeVar("PyTree")
+
+VOCAB_MULTIPLE = 128
+"""The embedding's rows are rounded up to this: 50257 divides over no mesh, and 128 fills a TPU's lanes."""
 
 ACTIVATION = {"B": ("data", "fsdp"), "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 PARAMETER = ACTIVATION | {"D": "fsdp"}
@@ -62,16 +66,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != count:
         asked = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
         raise ConfigError(f"mesh {asked} does not fit {count} devices; make the sizes multiply to {count}")
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3, devices=devices)
+    # `jax.make_mesh` would refuse 8 x 8 on a 4x4x4 cube of v5p, where one axis of the cube must serve two of the mesh.
+    layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(layout, ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3)
 
 
 def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
     """Raise ConfigError when the mesh cannot cut this model or batch evenly."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    rows = -(-(model.vocab_size or 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     cuts = [
         ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
         ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
         ("model.d_ff", model.ff_dim, "mesh.tensor", tensor),
+        (f"vocabulary rows (multiples of {VOCAB_MULTIPLE})", rows, "mesh.tensor", tensor),
         ("model.d_model", model.d_model, "mesh.fsdp", fsdp),
         ("sequences at a time", batch_size, "mesh.data * mesh.fsdp", mesh.shape["data"] * fsdp),
     ]
@@ -80,7 +88,25 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
             raise ConfigError(f"{name} {size} does not divide over {axis} {parts}; change one of them")
 
 
+def batch_parts() -> int:
+    """Parts into which the current mesh cuts a batch."""
+    mesh = jax.sharding.get_mesh()
+    return math.prod(mesh.shape[axis] for axis in ACTIVATION["B"])
+
+
 def place_batch(batch: PyTree) -> PyTree:
     """Put a tree of this process's rows, [B, T] arrays of the host, on the devices of the current mesh."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec("BT"))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def place_shapes(tree: PyTree) -> PyTree:
+    """What `jax.eval_shape` gives, bound to the devices of the current mesh: a target to restore to or compile for."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        where = sharding.spec if isinstance(sharding, NamedSharding) else jax.P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, where))
+
+    return jax.tree.map(place, tree)

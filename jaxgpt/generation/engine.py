@@ -12,7 +12,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Settings, decode, start
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import Transformer
-from jaxgpt.sharding import spec
+from jaxgpt.sharding import batch_parts, spec
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
 STEPS_PER_DISPATCH = 8
@@ -52,7 +52,9 @@ class Engine:
 
         Raises ConfigError for a prompt that leaves no room in the context, or a top_k above the vocabulary.
         """
-        ids = self._prompt_ids(prompt, params)
+        return self._stream(self._prompt_ids(prompt, params), params)
+
+    def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
         decoders = [StreamDecoder(self._tokenizer) for _ in range(params.num_samples)]
         shown = [len(ids)] * params.num_samples
         for texts in self._run([ids], params):
@@ -80,6 +82,8 @@ class Engine:
     def _run(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[list[list[int]]]:
         """Prompt and completion so far, of each row, after every dispatch."""
         rows = [(ids, sample) for ids in prompts for sample in range(params.num_samples)]
+        wanted = len(rows)
+        rows += rows[:1] * (-wanted % batch_parts())  # every device gets as many rows
         lengths = np.array([len(ids) for ids, _ in rows], np.int32)
         ends = np.minimum(lengths + params.max_new_tokens, self._config.context_length).astype(np.int32)
         padded, slots = (min(_round_up(int(n.max())), self._config.context_length) for n in (lengths, ends))
@@ -97,7 +101,7 @@ class Engine:
             state = decode(self._model, state, settings, STEPS_PER_DISPATCH)
             tokens, lengths, done_B = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
             done = bool(done_B.all())
-            yield [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+            yield [row[:length].tolist() for row, length in zip(tokens[:wanted], lengths[:wanted], strict=True)]
 
     def _completion(self, row: list[int], prompt_tokens: int) -> Completion:
         ids = row[prompt_tokens:]

@@ -44,7 +44,8 @@ def _losses(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax
     A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses.
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    hit_BTV = labels_BT[:, :, None] == jnp.arange(logits_BTV.shape[-1])[None, None]
+    ids_V = jnp.arange(logits_BTV.shape[-1], out_sharding=out_sharding("V"))
+    hit_BTV = labels_BT[:, :, None] == ids_V[None, None]
     label_logit_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
     return jnp.where(labels_BT >= 0, log_z_BT - label_logit_BT, 0), log_z_BT, hit_BTV
 

@@ -139,11 +139,9 @@ class Attention(nnx.Module):
         if rotation is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
         if cache is not None:
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
-            slots = out_sharding("BTGK")
+            write = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
             k_BSGK, v_BSGK = (
-                old.at[rows, positions_BT].set(new, mode="drop", out_sharding=slots)
-                for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True)
+                write(old, positions_BT, new) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True)
             )
             cache = (k_BSGK, v_BSGK)
         else:
