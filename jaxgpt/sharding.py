@@ -49,9 +49,9 @@ def shard(x: jax.Array, axes: str) -> jax.Array:
     return jax.sharding.reshard(x, spec(axes)) if _has_mesh() else x
 
 
-def shard_parameter(x: jax.Array, axes: str) -> jax.Array:
-    """Lay a stored parameter out: as an activation, and along D over fsdp."""
-    return jax.sharding.reshard(x, jax.P(*map(PARAMETER.get, axes))) if _has_mesh() else x
+def parameter_sharding(axes: str) -> jax.P | None:
+    """Where a stored parameter is born: as an activation, and along D over fsdp."""
+    return jax.P(*map(PARAMETER.get, axes)) if _has_mesh() else None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -107,7 +107,10 @@ def _choose_tokenizer(
         report(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
         total = sum(corpus.held.text_bytes for corpus in corpora)
         texts = (part.text for corpus in corpora for part in corpus.parts(held_out=False))
-        train_tokenizer(_sample(texts, total, config.training_bytes), config).save(path)
+        trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
+        for corpus in corpora:
+            corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
+        trained.save(path)
     return Tokenizer.load(path)
 
 
@@ -150,9 +153,10 @@ class TextCorpus:
         with ThreadPoolExecutor() as pool:
             return list(pool.map(_file_digest, [source.path for source in self._sources]))
 
-    def is_unchanged(self) -> bool:
-        """Whether the files are still those that `digest` stands for."""
-        return self._digests == self._digest_files()
+    def refuse_changes(self) -> None:
+        """Raise BadFileError when the files are no longer those that `digest` stands for."""
+        if self._digests != self._digest_files():
+            raise BadFileError(f"data {self.name}: a file changed while it was read; run the same command again")
 
     def _documents(self, problems: Problems) -> Iterator[Document]:
         return read_documents(self._sources, self._data, problems)
@@ -243,9 +247,11 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Re
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         tokenizer.save(directory / "tokenizer.model")
         splits = {split: _write_split(directory, split, text, tokenizer, dtype, report) for split in ("train", "val")}
-        if not text.is_unchanged():
+        try:
+            text.refuse_changes()
+        except BadFileError:
             shutil.rmtree(directory)
-            raise BadFileError(f"data {text.name}: a file changed while it was read; run the same command again")
+            raise
         if bad := text.held.problems.bad:
             write_atomically(directory / "bad.jsonl", "".join(json.dumps(line) + "\n" for line in bad).encode())
         identity = {"name": text.name, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
@@ -291,8 +297,7 @@ def _write_split(
     entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
     if split == "val":
         entry["gzip_bytes"] = gzip_bytes + len(compressor.flush())
-    without_names = [{name: value for name, value in shard.items() if name != "names"} for shard in shards]
-    return {**entry, "shards": without_names}
+    return {**entry, "shards": shards}
 
 
 def _encode(

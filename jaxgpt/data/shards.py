@@ -85,7 +85,7 @@ class Corpus:
 
 
 def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
-    """Write the tokens of parts until `shard_tokens` is reached; returns the side-car, or None without any parts.
+    """Write the tokens of parts until `shard_tokens` is reached; returns counts and hashes, None without parts.
 
     Nothing counts before the side-car is there: after a kill the shard is written again from its first part.
     """
@@ -117,16 +117,17 @@ def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_
     write_atomically(stem.with_name(f"{stem.name}.offsets.npy"), offsets.getvalue())
     counts = {"tokens": tokens, "documents": len(names), "parts": part_count, "bytes": text_bytes}
     hashes = {"sha256": digest.hexdigest(), "offsets_sha256": hashlib.sha256(offsets.getvalue()).hexdigest()}
-    shard = {**counts, **hashes, "names": names}
-    write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps(shard).encode())
-    return shard
+    write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps({**counts, **hashes, "names": names}).encode())
+    return {**counts, **hashes}
 
 
 def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
-    """The side-cars of the shards that an earlier run finished, in order."""
+    """The side-cars of the shards that an earlier run finished, in order, without their names."""
     shards: list[dict[str, Any]] = []
     while (path := directory / f"{split}_{len(shards):05}.json").exists():
-        shards.append(_read_json(path))
+        shard = _read_json(path)
+        shard.pop("names", None)
+        shards.append(shard)
     return shards
 
 

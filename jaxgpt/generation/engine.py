@@ -1,7 +1,9 @@
 """Prompts to completions: the host's side of generation."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -11,7 +13,8 @@ import numpy as np
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Settings, decode, start
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.model import Transformer
+from jaxgpt.model import Transformer, parameter_name
+from jaxgpt.run import load_run
 from jaxgpt.sharding import batch_parts, spec
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -38,12 +41,18 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
         self._config = model.config
         self._tokenizer = tokenizer
-        self._model = jax.jit(lambda stacked: stacked.unstacked())(model)
+        self._model = _for_decoding(model)
+
+    @classmethod
+    def load(cls, run_dir: Path, step: int | None = None) -> "Engine":
+        """The model of a run directory; raises what `load_run` raises."""
+        trained = load_run(run_dir, step)
+        return cls(trained.model, trained.tokenizer)
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Completion]:
         """`params.num_samples` completions of each prompt, prompt after prompt. Raises ConfigError as `stream` does."""
         ids = [self._prompt_ids(prompt, params) for prompt in prompts]
-        *_, texts = self._run(ids, params)
+        (texts,) = deque(self._run(ids, params), maxlen=1)
         lengths = [len(prompt) for prompt in ids for _ in range(params.num_samples)]
         return [self._completion(row, length) for row, length in zip(texts, lengths, strict=True)]
 
@@ -107,6 +116,14 @@ class Engine:
         ids = row[prompt_tokens:]
         ended = ids[-1] == self._tokenizer.eos_id
         return Completion(self._tokenizer.decode(ids), ids, "stop" if ended else "length", prompt_tokens)
+
+
+@jax.jit
+def _for_decoding(model: Transformer) -> Transformer:
+    """A copy with a tuple of layers, all but the norms in the compute dtype: the same results for half the bytes."""
+    dtype = jnp.dtype(model.config.dtype)
+    cast = lambda path, p: p if "norm" in parameter_name(path) else p.astype(dtype)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(cast, model.unstacked())
 
 
 def _round_up(length: int) -> int:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention
-from jaxgpt.sharding import out_sharding, shard, shard_parameter
+from jaxgpt.sharding import out_sharding, parameter_sharding, shard
 
 
 def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -21,19 +21,20 @@ def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> jax.
 
 def normal(rngs: nnx.Rngs, axes: str, shape: tuple[int, ...], std: float) -> nnx.Param:
     """A parameter drawn from N(0, std), laid out over the mesh by the letters of its axes."""
-    return nnx.Param(shard_parameter(std * jax.random.normal(rngs(), shape, jnp.float32), axes))
+    drawn = jax.random.normal(rngs(), shape, jnp.float32, out_sharding=parameter_sharding(axes))  # in parts, not whole
+    return nnx.Param(std * drawn)
 
 
 def constant(axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     """A parameter that starts as one value."""
-    return nnx.Param(shard_parameter(jnp.full(shape, value, jnp.float32), axes))
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=parameter_sharding(axes)))
 
 
 def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero a share `rate` of x and scale the rest up; the identity without a key."""
     if key is None or rate == 0:
         return x_BTD
-    keep = jax.random.bernoulli(key, 1 - rate, x_BTD.shape)
+    keep = jax.random.bernoulli(key, 1 - rate, x_BTD.shape, out_sharding=out_sharding("BTD"))
     return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
@@ -140,9 +141,7 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
         if cache is not None:
             write = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
-            k_BSGK, v_BSGK = (
-                write(old, positions_BT, new) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True)
-            )
+            k_BSGK, v_BSGK = (write(old, positions_BT, new) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
             cache = (k_BSGK, v_BSGK)
         else:
             k_BSGK, v_BSGK = k_BTGK, v_BTGK

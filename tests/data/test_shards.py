@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import DataConfig, TokenizerConfig
+from jaxgpt.data import prepare as prepare_module
 from jaxgpt.data.loader import Loader
 from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.data.shards import Corpus, TokenStream, open_nanogpt, open_prepared
@@ -251,18 +252,27 @@ def test_a_directory_of_text_with_its_own_meta_json_is_text(tmp_path: Path, text
     assert len(prepare(tmp_path / "cache", tmp_path)[1][0].train) > 1000
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, text_dir: Path) -> None:
+@pytest.mark.parametrize("moment", ["train_tokenizer", "_write_split"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, text_dir: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.py"
     path.write_text((text_dir / "argparse.py").read_text())
     config = DataConfig(paths=(str(path),), cache_dir=str(tmp_path / "cache"))
+    usual = getattr(prepare_module, moment)
 
-    def meddle(message: str) -> None:
-        if "training" in message:
-            path.write_text((text_dir / "ast.py").read_text())
+    def meddle(*arguments: object) -> object:
+        result = usual(*arguments)
+        path.write_text((text_dir / "ast.py").read_text())
+        return result
 
+    monkeypatch.setattr(prepare_module, moment, meddle)
     with pytest.raises(BadFileError, match="a file changed while it was read"):
-        prepare_corpora(config, TOKENIZER, meddle)
-    assert not list((tmp_path / "cache" / "data").iterdir())
+        prepare_corpora(config, TOKENIZER, print)
+    left = [path.parent.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert left == ([] if moment == "train_tokenizer" else ["tokenizers"]), (
+        "nothing of the other text may be found again"
+    )
 
 
 def test_skipped_documents_are_listed(tmp_path: Path, pages: Path) -> None:
