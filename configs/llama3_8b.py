@@ -1,20 +1,15 @@
-"""The shape of Llama 3 8B (arXiv:2407.21783, table 3): 8.03 B parameters over fsdp."""
+"""The shape of Llama 3 8B (arXiv:2407.21783, table 3): 8.03 B parameters over fsdp, one sequence a device on 512.
 
-from jaxgpt.config import (
-    CheckpointConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+On fewer devices raise --training.accumulation-steps; give it your text with --data.paths.
+"""
+
+import jaxgpt.config as c
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> c.TrainConfig:
+    return c.TrainConfig(
         name="llama3_8b",
-        model=ModelConfig(
+        model=c.ModelConfig(
             n_layers=32,
             d_model=4096,
             n_heads=32,
@@ -33,9 +28,9 @@ def config() -> TrainConfig:
             dtype="bfloat16",
             remat="full",
         ),
-        tokenizer=TokenizerConfig(vocab_size=128_256),
-        optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=8000, schedule="cosine"),
-        training=TrainingConfig(steps=1_200_000, batch_size=512, eval_every=1000, loss_chunks=16),
-        checkpoint=CheckpointConfig(every=1000, keep_every=50_000),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        tokenizer=c.TokenizerConfig(vocab_size=128_256),
+        optimizer=c.OptimizerConfig(peak_lr=3e-4, warmup_steps=8000, schedule="cosine"),
+        training=c.TrainingConfig(steps=1_200_000, batch_size=512, eval_every=1000, loss_chunks=16),
+        checkpoint=c.CheckpointConfig(every=1000, keep_every=50_000),
+        mesh=c.MeshConfig(data=1, fsdp=-1),
     )

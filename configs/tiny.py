@@ -4,25 +4,17 @@ With so few tokens (0.2 of an epoch) what counts is how much each one teaches: M
 a small vocabulary reach 1.68 bits per byte after 0.6 M tokens, where AdamW with learned positions needs 1.94 for 0.8 M.
 """
 
-from jaxgpt.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+import jaxgpt.config as c
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> c.TrainConfig:
+    return c.TrainConfig(
         name="tiny",
-        model=ModelConfig(n_layers=4, d_model=256, n_heads=4, context_length=256, positions="rotary"),
-        tokenizer=TokenizerConfig(vocab_size=2048),
-        data=DataConfig(paths=("@python",)),
-        optimizer=OptimizerConfig(name="muon", peak_lr=5e-3, beta1=0.95, warmup_steps=20),
-        training=TrainingConfig(
+        model=c.ModelConfig(n_layers=4, d_model=256, n_heads=4, context_length=256, positions="rotary"),
+        tokenizer=c.TokenizerConfig(vocab_size=2048),
+        data=c.DataConfig(paths=("@python",)),
+        optimizer=c.OptimizerConfig(name="muon", peak_lr=5e-3, beta1=0.95, warmup_steps=20),
+        training=c.TrainingConfig(
             steps=400,
             batch_size=8,
             eval_every=100,
@@ -31,5 +23,5 @@ def config() -> TrainConfig:
             sample_prompt="def ",
             sample_tokens=120,
         ),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=c.CheckpointConfig(every=100),
     )

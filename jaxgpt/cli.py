@@ -38,7 +38,6 @@ def parse(arguments: Sequence[str], kind: type[Options], program: str, **options
             return tyro.cli(kind, args=list(arguments), prog=program, **options)
     except SystemExit as stop:
         if not stop.code:
-            sys.stdout.flush()  # here, where a reader that has gone is still caught
             raise
         message = _out_of_the_box(said.getvalue())
         raise ConfigError(f"{message}; `{program.split(' [')[0]} --help` lists the options") from None
@@ -120,7 +119,7 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
     import jax
 
     from jaxgpt.generation.engine import Engine
-    from jaxgpt.run import load_run, read_config
+    from jaxgpt.run import read_config
     from jaxgpt.sharding import check_divides, make_mesh
 
     run_dir, samples = Path(options.checkpoint), options.sampling.num_samples
@@ -128,8 +127,7 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
     mesh = make_mesh(options.mesh, jax.devices()[: options.mesh.size])
     check_divides(mesh, model)
     with jax.set_mesh(mesh):
-        trained = load_run(run_dir, options.step)
-        engine = Engine(trained.model, trained.tokenizer)
+        engine = Engine.load(run_dir, options.step)
         pieces = engine.stream(options.prompt, options.sampling)
         _print_samples(pieces, options.prompt, samples)
 
@@ -137,10 +135,10 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
 def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:
     """The first sample as it comes, the others, which come at the same time, behind it."""
     later = [""] * samples
+    if samples > 1:
+        print("--- sample 1")
     for sample, text in itertools.chain([(0, prompt)], pieces):
         if sample == 0:
-            if samples > 1 and not later[0]:
-                print("--- sample 1")
             print(text, end="", flush=True)
         later[sample] += text
     print()

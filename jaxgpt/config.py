@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,9 +23,17 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_range(section: str, low: float, high: float = math.inf, **values: float) -> None:
     for name, value in values.items():
-        if not low <= value <= high:  # also refuses NaN
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        if not low <= value <= high or value == math.inf:  # also refuses NaN
+            bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise ConfigError(f"{section}.{name} is {value}: it must be {bound}")
+
+
+def _require_choices(section: str, config: Any) -> None:
+    """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), get_args(f.type)
+        if get_origin(f.type) is Literal and value not in choices:
+            raise ConfigError(f"{section}.{f.name} is {value!r}: it must be one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class ModelConfig:
     learned positions from N(0, 0.01)."""
 
     def __post_init__(self) -> None:
+        _require_choices("model", self)
         _require_range(
             "model", 1, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads,
             context_length=self.context_length, rope_theta=self.rope_theta,
@@ -117,7 +126,7 @@ class ModelConfig:
         if self.positions == "sinusoidal":
             _require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
         for cap in (self.attention_softcap, self.logit_softcap):
-            _require(cap is None or cap > 0, f"model: a soft-cap is {cap}: it must be positive or None")
+            _require(cap is None or 0 < cap < math.inf, f"model: a soft-cap is {cap}: it must be positive or None")
         _require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
 
     @property
@@ -155,6 +164,7 @@ class TokenizerConfig:
     """Bytes of text that the tokenizer is trained on, taken evenly from the corpus."""
 
     def __post_init__(self) -> None:
+        _require_choices("tokenizer", self)
         least = 256 + 4 + len(self.special_tokens)
         _require_range("tokenizer", least, vocab_size=self.vocab_size)
         _require_range("tokenizer", 1, training_bytes=self.training_bytes)
@@ -226,6 +236,7 @@ class OptimizerConfig:
     """Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off."""
 
     def __post_init__(self) -> None:
+        _require_choices("optimizer", self)
         positive = dict(peak_lr=self.peak_lr, epsilon=self.epsilon)
         for name, value in positive.items():
             _require(0 < value < math.inf, f"optimizer.{name} is {value}: it must be positive")
@@ -291,6 +302,7 @@ class CheckpointConfig:
     """After a failed save (disk full): stop with status 74, or go on and try again at the next."""
 
     def __post_init__(self) -> None:
+        _require_choices("checkpoint", self)
         _require_range("checkpoint", 1, every=self.every, keep_last=self.keep_last)
         _require_range("checkpoint", 0, keep_every=self.keep_every)
 
@@ -367,7 +379,7 @@ def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
             _refuse_unknown_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
 
 
-def from_json(text: str, where: str = "configuration") -> TrainConfig:
+def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
     """Parse `to_json`'s text.
 
     Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value.

@@ -15,6 +15,8 @@ A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`.
 import difflib
 import errno
 import faulthandler
+import io
+import os
 import signal
 import sys
 import traceback
@@ -81,6 +83,16 @@ def _report(message: str) -> None:
     print("jaxgpt: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
+def _flush_output() -> None:
+    """What cannot be written now goes nowhere: Python's own attempt at the end would fail again, with status 120."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
 def run_command(command: Callable[[list[str]], object]) -> None:
     """Run `command(arguments)` and leave the process with the status of the table above.
 
@@ -88,20 +100,24 @@ def run_command(command: Callable[[list[str]], object]) -> None:
     """
     faulthandler.enable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the character for plus-minus must not end a run
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     try:
-        command(arguments)
+        try:
+            command(arguments)
+        finally:
+            _flush_output()
     except JaxgptError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _report(str(error))
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         _report("interrupted; run the same command again to go on")
         sys.exit(Stopped.exit_status)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        sys.stderr.close()
         sys.exit(0)
     except OSError as error:
         if debug or error.errno not in _STORAGE_ERRNOS:
@@ -110,6 +126,11 @@ def run_command(command: Callable[[list[str]], object]) -> None:
         where = error.filename2 or error.filename or "a file"
         _report(f"cannot write or read {where}: {error.strerror}; free space or choose another path")
         sys.exit(StorageError.exit_status)
-    except Exception:  # a bug
-        traceback.print_exc()
+    except Exception as error:
+        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # as XLA says it
+        if debug or not out_of_memory:  # a bug
+            traceback.print_exc()
+        if out_of_memory:
+            remedy = "raise training.accumulation_steps, set model.remat full, or lower the batch size or num_samples"
+            _report(f"the devices have too little memory: {str(error).splitlines()[0]}; {remedy}")
         sys.exit(JaxgptError.exit_status)

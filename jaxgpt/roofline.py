@@ -10,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
 
@@ -26,6 +26,7 @@ PEAK_FLOPS = {  # of one device, dense bfloat16, from the makers' data sheets
 }
 
 
+@functools.cache
 def forward_flops_per_token(config: ModelConfig) -> float:
     """Operations of one token's forward pass, a mean over a full sequence: matrix products, and attention over the
     keys that the causal mask and the layer's window leave (boundaries of packed documents are not subtracted).
@@ -41,9 +42,10 @@ def forward_flops_per_token(config: ModelConfig) -> float:
 @functools.cache
 def _measured_cpu_flops() -> float:
     """The speed of a float32 matrix product on all cores, best of ten: a CPU's peak is not in its name. Takes 0.5 s."""
-    device = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    a = jax.device_put(np.ones((1024, 1024), np.float32), device)
-    multiply = jax.jit(jnp.matmul).lower(a, a).compile()
+    alone = Mesh(jax.local_devices(backend="cpu")[:1], "x")
+    with jax.set_mesh(alone):  # the current mesh may have more devices
+        a = jax.device_put(np.ones((1024, 1024), np.float32))
+        multiply = jax.jit(jnp.matmul).lower(a, a).compile()
     seconds = []
     for _ in range(10):
         began = time.perf_counter()

@@ -32,11 +32,9 @@ def read_config(run_dir: Path) -> TrainConfig:
     """The configuration of a run. Raises BadFileError when there is none or it is damaged."""
     path = run_dir / "config.json"
     try:
-        return from_json(path.read_text("utf-8"), str(path))
+        return from_json(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise BadFileError(f"checkpoint {run_dir}: there is no config.json; name a run directory of train.py") from None
-    except UnicodeDecodeError:
-        raise BadFileError(f"{path} is not UTF-8 text; restore the file or start a new run") from None
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -120,9 +120,10 @@ class Engine:
 
 @jax.jit
 def _for_decoding(model: Transformer) -> Transformer:
-    """A copy with a tuple of layers, all but the norms in the compute dtype: the same results for half the bytes."""
+    """A copy with a tuple of layers, matrices and tables in the compute dtype: the same results for half the bytes."""
     dtype = jnp.dtype(model.config.dtype)
-    cast = lambda path, p: p if "norm" in parameter_name(path) else p.astype(dtype)  # noqa: E731
+    used_so = ("kernel", "embedding")  # norms and biases are used in float32
+    cast = lambda path, p: p.astype(dtype) if parameter_name(path).endswith(used_so) else p  # noqa: E731
     return jax.tree_util.tree_map_with_path(cast, model.unstacked())
 
 

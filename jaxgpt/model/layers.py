@@ -59,8 +59,9 @@ class Projection(nnx.Module):
         y = jnp.einsum(self.equation, x, kernel, out_sharding=out_sharding(self.out_axes))
         if self.bias is None:
             return y
-        bias = weight(self.bias, self.bias_axes, x.dtype)
-        return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+        # In float32: the gradient adds up all tokens, and bfloat16 cannot count past 256.
+        bias = weight(self.bias, self.bias_axes, jnp.float32)
+        return (y.astype(jnp.float32) + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))).astype(x.dtype)
 
 
 class Norm(nnx.Module):

@@ -15,10 +15,7 @@ from flax import nnx
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.model.layers import Block, LayerCache, Norm, Rotation, dropout, normal, rotation, sinusoids, weight
-from jaxgpt.sharding import out_sharding, shard
-
-VOCAB_MULTIPLE = 128
-"""The embedding's rows are rounded up to this: 50257 divides over no mesh, and 128 fills a TPU's lanes."""
+from jaxgpt.sharding import VOCAB_MULTIPLE, out_sharding, shard
 
 
 class Cache(NamedTuple):
@@ -47,7 +44,9 @@ class Transformer(nnx.Module):
         learned, std = config.positions == "learned", 0.01 if config.init == "gpt2" else 0.02
         places = (config.context_length, config.d_model)
         self.position_embedding = normal(rngs, "SD", places, std) if learned else None
-        self.layers = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(jax.random.split(layers_key, config.n_layers))
+        self.layers: Block | tuple[Block, ...] = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(
+            jax.random.split(layers_key, config.n_layers)
+        )
         norm = Norm("D", config.d_model, config.norm, config.norm_epsilon, config.norm_bias)
         self.final_norm = norm if config.norm_position == "pre" else None
         self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", (rows, config.d_model), 0.02)
@@ -77,6 +76,8 @@ class Transformer(nnx.Module):
             turn = rotation(positions_BT, self.config.key_dim, self.config.rope_theta)
         if cache is None:
             x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, turn, keys[1])
+        elif segments_BT is not None or dropout_key is not None:
+            raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
             x_BTD, cache = self._cached_layers(x_BTD, positions_BT, turn, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
@@ -84,11 +85,13 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         where = out_sharding("BTD")
-        x_BTD = weight(self.token_embedding, "VD", dtype).at[tokens_BT].get(out_sharding=where)
+        # Cast after the look-up: the gradient adds up all uses of a token, and bfloat16 cannot count past 256.
+        x_BTD = shard(self.token_embedding[...], "VD").at[tokens_BT].get(out_sharding=where).astype(dtype)
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(self.config.d_model**0.5, dtype)
         if self.position_embedding is not None:
-            x_BTD += weight(self.position_embedding, "SD", dtype).at[positions_BT].get(out_sharding=where)
+            table_SD = shard(self.position_embedding[...], "SD")
+            x_BTD += table_SD.at[positions_BT].get(out_sharding=where).astype(dtype)
         if self.config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, self.config.d_model).astype(dtype)
         return x_BTD
@@ -112,7 +115,7 @@ class Transformer(nnx.Module):
         run = _rematerialised(run, config.remat)
         windows = config.layer_windows
         keys = None if key is None else jax.random.split(key, config.n_layers)
-        if not config.scan_layers:
+        if not config.scan_layers or isinstance(self.layers, tuple):
             for i, layer in enumerate(self._each_layer()):
                 x_BTD = run(x_BTD, layer, windows[i], None if keys is None else keys[i])
             return x_BTD
@@ -134,6 +137,7 @@ class Transformer(nnx.Module):
         for layer, window, old in zip(self._each_layer(), self.config.layer_windows, cache.layers, strict=True):
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
             x_BTD, layer_cache = layer(x_BTD, mask_BTS, turn, positions_BT, old, None)
+            assert layer_cache is not None
             new.append(layer_cache)
         return x_BTD, Cache(tuple(new))
 
@@ -169,9 +173,13 @@ class Transformer(nnx.Module):
 
 
 def _rematerialised(function: Callable, policy: str) -> Callable:
+    """`none` keeps all but weights that were gathered over fsdp: all layers' together are the whole model."""
     match policy:
         case "none":
-            return function
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh.empty or mesh.shape["fsdp"] == 1:
+                return function
+            return jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name != "reshard")
         case "dots":
             save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             return jax.checkpoint(function, policy=save)

@@ -5,6 +5,7 @@ the terminal. Before a save all records up to that step are written, so that a r
 same records as one that never stopped.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch, EvalWindows, Loader
 from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.data.shards import Corpus
-from jaxgpt.errors import BadFileError, Stopped, StorageError, TrainingError
+from jaxgpt.errors import BadFileError, ConfigError, Stopped, StorageError, TrainingError
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import parameter_count
@@ -65,8 +66,10 @@ def train(config: TrainConfig) -> None:
     """Train, or go on with, the run of `config.run_path`, until its last step.
 
     Raises ConfigError for settings that cannot be, BadFileError for bad data or checkpoints, StorageError when the
-    disk refuses, TrainingError when the loss is not finite or memory runs out, Stopped after Ctrl-C or SIGTERM.
+    disk refuses, TrainingError when the loss is not finite, Stopped after Ctrl-C or SIGTERM.
     """
+    if jax.process_count() > 1:  # every process would read every row
+        raise ConfigError(f"training in {jax.process_count()} processes is not supported; use the devices of one")
     mesh = make_mesh(config.mesh)
     check_divides(mesh, config.model, config.training.batch_size // config.training.accumulation_steps)
     with jax.set_mesh(mesh), Checkpoints(config.run_path, config.checkpoint) as checkpoints:
@@ -74,16 +77,7 @@ def train(config: TrainConfig) -> None:
         if resumable:
             refuse_other_config(read_config(config.run_path), config)
         tokenizer, corpora = prepare_corpora(config.data, config.tokenizer)
-        config = with_vocabulary(config, tokenizer)
-        write_run(config, tokenizer)
-        try:
-            Trainer(config, checkpoints, tokenizer, corpora).run()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            remedy = "lower training.batch_size, raise training.accumulation_steps, or set model.remat full"
-            raise TrainingError(f"the devices have too little memory: {reason}; {remedy}") from error
+        Trainer(with_vocabulary(config, tokenizer), checkpoints, tokenizer, corpora).run()
 
 
 @dataclass
@@ -99,7 +93,13 @@ class Trainer:
         training, length = self.config.training, self.config.model.context_length
         weights, size = self.config.data.weights, training.batch_size
         self.loader = Loader(self.corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
-        self.windows = EvalWindows(self.corpora, batch_size=size, sequence_length=length, batches=training.eval_batches)
+        parts = training.accumulation_steps  # a whole batch may not fit
+        self.windows = EvalWindows(
+            self.corpora,
+            batch_size=size // parts,
+            sequence_length=length,
+            batches=training.eval_batches * parts,
+        )
         self.provenance = {
             "seed": training.seed,
             "tokenizer_sha256": self.tokenizer.sha256,
@@ -118,10 +118,16 @@ class Trainer:
             self.log = MetricsLog(self.config, start) if primary else None
             if self.log:
                 stack.callback(self.log.close)
+                write_run(self.config, self.tokenizer)  # not before: a run that refuses these must keep its own
             stack.enter_context(self.stop.listening())
             self.announce(state, start)
             state = self.steps(state, start)
         self.checkpoints.wait()
+        if (saved := self.checkpoints.saved_step or 0) < self.config.training.steps:
+            raise StorageError(
+                f"{self.config.run_path}: the last step could not be saved, the newest is {saved}; make room and run "
+                f"the same command again"
+            )
         if primary:
             self.sample(state)
 
@@ -139,8 +145,8 @@ class Trainer:
         if restored is None:
             return jax.jit(init_state, static_argnums=0)(self.config), 0
         step, model, rest, provenance = restored
-        for name, was in provenance.items():
-            if was != self.provenance[name]:
+        for name in ("tokenizer_sha256", "data"):
+            if provenance[name] != self.provenance[name]:
                 raise BadFileError(
                     f"run {self.config.run_path}: its {name} has changed since step {step} was saved; restore what it "
                     f"was trained on, or choose another --run-dir"
@@ -166,38 +172,49 @@ class Trainer:
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
-        training = self.config.training
-        if start and self.evaluation_due(start):
-            self.evaluate(start, state)
-        if start >= training.steps:
+        last = self.config.training.steps
+        if start and self.evaluation_due(start) and not self.evaluate(start, state):
+            raise self.stopped(start)
+        if start >= last:
             self.display.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
         batches = self.loader.iterate(start)
         batch = place_batch(next(batches))
         step_function = self.compiled(state, batch)
-        before: tuple[int, Metrics] | None = None
+        unreported: tuple[int, Metrics] | None = None
         self.speed.resume()
-        for step in range(start + 1, training.steps + 1):
+        for step in range(start + 1, last + 1):
             state, metrics = step_function(state, batch)
-            if before:
-                self.report(*before)
+            if unreported:
+                self.report(*unreported)
             self.checkpoints.poll()
-            before = step, metrics
-            last = step == training.steps
-            if last or self.stop() or step % self.config.checkpoint.every == 0 or self.evaluation_due(step):
-                self.report(*before)
-                before = None
-                if self.evaluation_due(step) and not self.stop():
-                    self.evaluate(step, state)
-                if last or self.stop() or step % self.config.checkpoint.every == 0:
-                    self.save(step, state)
-                self.speed.resume()
-            if self.stop() and not last:
-                self.checkpoints.wait()
-                raise Stopped(f"stopped after step {step}, which is saved; run the same command to go on")
-            if not last:
+            unreported = step, metrics
+            if self.stop() or self.save_due(step) or self.evaluation_due(step):
+                self.report(*unreported)
+                unreported = None
+                self.pause(step, state)
+            if step < last:
                 batch = place_batch(next(batches))
         return state
+
+    def pause(self, step: int, state: TrainState) -> None:
+        """Evaluate and save as is due; save and leave when a stop was asked for."""
+        complete = not self.evaluation_due(step) or self.evaluate(step, state)
+        stopping = self.stop()  # asked once, since a signal may come between two lines
+        if stopping or self.save_due(step):
+            self.save(step, state)
+        if stopping and not (complete and step == self.config.training.steps):
+            self.checkpoints.wait()
+            raise self.stopped(step)
+        self.speed.resume()
+
+    def stopped(self, step: int) -> Stopped:
+        saved = self.checkpoints.saved_step
+        what = "which is saved" if saved == step else f"the newest saved step is {saved}"
+        return Stopped(f"stopped after step {step}, {what}; run the same command to go on")
+
+    def save_due(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0 or step == self.config.training.steps
 
     def compiled(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         """The training step for exactly these shapes: it can never compile again."""
@@ -244,15 +261,21 @@ class Trainer:
         done = self.log is not None and step in self.log.evaluated
         return bool(len(self.windows)) and not done and (last or bool(every and step % every == 0))
 
-    def evaluate(self, step: int, state: TrainState) -> None:
-        """Measure the averaged parameters on held-out text, unless a stop comes in between: a resumed run then does."""
+    def evaluate(self, step: int, state: TrainState) -> bool:
+        """Measure the averaged parameters on held-out text; False when a stop comes first, and the next run does it."""
         figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, self.stop)
         if figures is None:
-            return
+            return False
+        if not math.isfinite(figures["val_loss"]):
+            raise TrainingError(
+                f"step {step}: the held-out loss is {figures['val_loss']}; the newest saved step is "
+                f"{self.checkpoints.saved_step}: lower optimizer.peak_lr"
+            )
         record = {"step": step, **figures}
         self.display.evaluation(record, gzip_bits_per_byte(self.corpora))
         if self.log:
             self.log.write(record)
+        return True
 
     def save(self, step: int, state: TrainState) -> None:
         if self.log:

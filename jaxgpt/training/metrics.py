@@ -1,8 +1,11 @@
 """Records of a run: `metrics.jsonl`, TensorBoard and W&B for machines, a live bar or plain lines for people."""
 
+import contextlib
 import errno
+import io
 import json
 import os
+import struct
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +13,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import ConfigError
@@ -24,29 +29,25 @@ class MetricsLog:
 
     def __init__(self, config: TrainConfig, step: int) -> None:
         """`step`: the step that was restored, 0 for a new run. Raises ConfigError without wandb when it is wanted."""
+        self._wandb = _start_wandb(config) if config.training.wandb else None
         path = config.run_path / "metrics.jsonl"
         kept = _records_until(path, step)
         write_atomically(path, b"".join(_line(record) for record in kept))
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
         """Steps whose evaluation is recorded."""
         self._file = path.open("ab", buffering=0)
-        self._board = SummaryWriter(str(config.run_path / "tensorboard"), purge_step=step + 1)
-        self._wandb = _start_wandb(config) if config.training.wandb else None
+        self._board = _open_board(config.run_path / "tensorboard")
+        _append(self._board, _event(step=0, file_version="brain.Event:2"))
+        _append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
 
     def write(self, record: Record) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
-        line, end = _line(record), os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
-        except OSError:
-            self._file.truncate(end)
-            raise
+        _append(self._file, _line(record))
         if "val_loss" in record:
             self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}
-        for name, value in numbers.items():
-            self._board.add_scalar(name.replace("val_", "val/"), value, record["step"])
+        scalars = [Summary.Value(tag=name.replace("val_", "val/"), simple_value=x) for name, x in numbers.items()]
+        _append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
@@ -59,6 +60,33 @@ class MetricsLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _append(file: io.FileIO, content: bytes) -> None:
+    """Write all of `content`, or raise OSError and leave the file as it was."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.truncate(end)
+        error.filename = file.name
+        raise
+
+
+def _open_board(directory: Path) -> io.FileIO:
+    """A new event file. (SummaryWriter writes in a thread: a full disk ends that, and training waits for ever.)"""
+    directory.mkdir(exist_ok=True)
+    return (directory / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}").open("ab", buffering=0)
+
+
+def _event(**fields: Any) -> bytes:
+    """One record of TensorBoard's file: length, its checksum, a protocol buffer, its checksum."""
+    content: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return b"".join(
+        (length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content)))
+    )
 
 
 def _line(record: Record) -> bytes:
@@ -108,12 +136,19 @@ class Speed:
         self._steps, self._seconds = 0, 0.0
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Train on in silence when the reader (`| head`) has gone: all records are in the run directory."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()  # what is printed from now on goes nowhere; leaving is left out
+
+
 class Display:
     """What a person sees: a bar that moves with every step on a terminal, a line for each record otherwise."""
 
     def __init__(self, steps: int, start_step: int, *, quiet: bool = False) -> None:
         """`quiet`: another process speaks for this one."""
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._steps = steps
         columns = TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)

@@ -39,17 +39,19 @@ def _decay_mask(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), parameters)
 
 
-def _muon_dimensions(parameters: Any) -> Any:
-    """Which axes of a kernel [L, ...] are its input and its output; None for what AdamW updates."""
+def _muon_labels(parameters: Any) -> Any:
+    name = lambda path: "muon" if parameter_name(path).endswith(".kernel") else "adam"  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, _: name(path), parameters)
 
-    def dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers | None:
-        name = parameter_name(path)
-        if not name.endswith(".kernel"):
-            return None
-        inputs = p.ndim - 2 if name.endswith("attention.output.kernel") else 1  # H and K are merged there
+
+def _muon_dimensions(kernels: Any) -> Any:
+    """Which axes of a kernel [L, ...] are its input and its output."""
+
+    def dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers:
+        inputs = p.ndim - 2 if parameter_name(path).endswith("attention.output.kernel") else 1  # H and K are merged
         return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
 
-    return jax.tree_util.tree_map_with_path(dimensions, parameters)
+    return jax.tree_util.tree_map_with_path(dimensions, kernels)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -68,16 +70,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
             )
         case "muon":
-            descend = muon(
-                1.0,
+            orthogonal = muon(
+                -1.0,
                 beta=config.beta1,
                 eps=config.epsilon,
-                adam_b1=config.beta1,
-                adam_b2=config.beta2,
                 muon_weight_dimension_numbers=_muon_dimensions,
                 consistent_rms=0.2,
             )
-            rule = optax.chain(_sharded_by_compiler(descend), optax.scale(-1.0))
+            # Optax's own choice for all else is Adam with Nesterov momentum, whose first steps are half as large again.
+            adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+            rule = optax.partition({"muon": _sharded_by_compiler(orthogonal), "adam": adam}, _muon_labels)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         rule,
@@ -92,7 +94,7 @@ def _sharded_by_compiler(rule: optax.GradientTransformation) -> optax.GradientTr
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if jax.sharding.get_abstract_mesh().empty:
             return rule.update(updates, state, params)
-        layout = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
         return jax.sharding.auto_axes(rule.update, out_sharding=layout)(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
