@@ -91,8 +91,7 @@ def train(arguments: list[str], program: str = "train.py") -> None:
     """Train a model: text to tokenizer to shards to checkpoints."""
     config, print_config = parse_training(arguments, program)
     if print_config:
-        print(to_json(config), end="")
-        return
+        return print(to_json(config), end="")
     from jaxgpt.training.loop import train as run
 
     run(config)
@@ -128,6 +127,8 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
     check_divides(mesh, model)
     with jax.set_mesh(mesh):
         engine = Engine.load(run_dir, options.step)
+        if 0 < (room := engine.room(options.prompt)) < options.sampling.max_new_tokens:
+            print(f"jaxgpt: {room} tokens of the context are left, so it ends there at the latest", file=sys.stderr)
         pieces = engine.stream(options.prompt, options.sampling)
         _print_samples(pieces, options.prompt, samples)
 
@@ -175,7 +176,9 @@ def tokenize(arguments: list[str], program: str = "jaxgpt tokenize") -> None:
 
 def prepare(arguments: list[str], program: str = "jaxgpt data prepare") -> None:
     """Make the tokenizer and the token shards of a training configuration, and say where they are."""
-    config, _ = parse_training(arguments, program)
+    config, print_config = parse_training(arguments, program)
+    if print_config:
+        return print(to_json(config), end="")
     from jaxgpt.data.prepare import prepare_corpora
 
     for corpus in prepare_corpora(config.data, config.tokenizer)[1]:

@@ -175,6 +175,8 @@ def test_help_explains_every_option(
             assert f"--{option.replace('_', '-')}" in said
         assert re.sub(r"\s", "", text) in said, f"{option} is not explained"
     assert "usage:" + "".join([program, *words]) in said
+    if texts is TRAINING:
+        assert "--print-configprintstheresultasJSON" in said and "--debugkeepsthetraceback" in said
 
 
 def test_the_explanations_are_those_of_every_field() -> None:

@@ -65,15 +65,18 @@ def test_gpt2_needs_two_operations_for_each_parameter_and_attention() -> None:
 
 
 def test_the_peak_of_this_machine_is_measured_once_whatever_the_mesh(
-    mesh_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    mesh_of: Callable[..., Any],
 ) -> None:
-    """Simulated devices share the cores: eight do not do more than one."""
-    roofline._measured_cpu_flops.cache_clear()
-    with mesh_of(data=2, fsdp=2, tensor=2) as mesh:
-        peak = peak_flops(mesh)
+    """Simulated devices share the cores: eight together do as much as one alone."""
+    peaks = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        roofline._measured_cpu_flops.cache_clear()
+        with mesh_of(*sizes) as mesh:
+            peaks.append(peak_flops(mesh) or 0)
     with mesh_of() as mesh:
-        assert peak_flops(mesh) == peak
-    assert peak is not None and 1e8 < peak < 1e15
+        assert peak_flops(mesh) == peaks[-1]
+    assert 1e8 < peaks[0] < 1e15
+    assert 1 / 4 < peaks[1] / peaks[0] < 4
 
 
 @pytest.mark.parametrize(("kind", "one"), [("NVIDIA H200", 989e12), ("TPU v5 lite", 197e12), ("Abacus 3000", None)])

@@ -287,6 +287,6 @@ class Trainer:
         training = self.config.training
         if not training.sample_tokens:
             return
-        params = SamplingParams(max_new_tokens=training.sample_tokens, temperature=0.8, top_p=0.95, seed=training.seed)
+        params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
         (completion,) = Engine(state.averaged, self.tokenizer).generate([training.sample_prompt], params)
         print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
