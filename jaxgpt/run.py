@@ -16,7 +16,7 @@ import jax
 
 from jaxgpt.checkpoint import restore_model
 from jaxgpt.config import ModelConfig, TrainConfig, from_json, to_json
-from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.errors import BadFileError, ConfigError, nearest
 from jaxgpt.files import write_atomically
 from jaxgpt.model import Transformer
 from jaxgpt.tokenizer import Tokenizer
@@ -37,23 +37,28 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise BadFileError(f"checkpoint {run_dir}: there is no config.json; name a run directory of train.py") from None
 
 
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field of nested dataclasses, as `section.field -> value`."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        nested = dataclasses.is_dataclass(value)
+        flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
+    return flat
+
+
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Every field that differs, as `section.field -> (old, new)`."""
-
-    def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for f in dataclasses.fields(config):
-            value = getattr(config, f.name)
-            nested = dataclasses.is_dataclass(value)
-            flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
-        return flat
-
     before, after = flatten(old), flatten(new)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
     """Raise ConfigError, naming each field, when a run would be resumed with settings that change what it computes."""
+    known = flatten(new)
+    for key in new.allow_change:
+        if key not in known:
+            raise ConfigError(f"allow_change: there is no setting {key}{nearest(key, known)}")
     changed = differences(old, new)
     if new.model.vocab_size is None:  # not yet taken from the tokenizer
         changed.pop("model.vocab_size", None)

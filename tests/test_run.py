@@ -130,9 +130,9 @@ def test_text_that_has_changed_is_refused_until_it_is_restored(
 
 def test_another_tokenizer_is_refused(command: Callable[..., Any], tiny: TrainConfig, tmp_path: Path) -> None:
     """First by its path, then, where that is allowed or the same, by its content."""
-    sources = [path.read_text("utf-8") for path in Path(sysconfig.get_path("stdlib"), "json").glob("*.py")]
-    for name, text in (("one", sources[0]), ("two", sources[1])):
-        train_tokenizer([text], TokenizerConfig(vocab_size=400)).save(tmp_path / f"{name}.model")
+    for name, module in (("one", "ast"), ("two", "shutil")):
+        source = Path(sysconfig.get_path("stdlib"), f"{module}.py").read_text("utf-8")
+        train_tokenizer([source], TokenizerConfig(vocab_size=500)).save(tmp_path / f"{name}.model")
     training = dataclasses.replace(tiny.training, steps=1, eval_every=0, eval_batches=1)
     tokenizer = TokenizerConfig(path=str(tmp_path / "one.model"))
     config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), training=training, tokenizer=tokenizer)
@@ -404,13 +404,28 @@ def test_a_mistake_in_generation_is_one_line(
         assert content(run.run_path) == before
 
 
+def test_a_misspelt_allowed_change_is_named(command: Callable[..., Any], run: TrainConfig) -> None:
+    refused = command("train.py", run, "--training.steps", "30", "--allow-change", "training.step")
+    assert refused.status == 2
+    assert refused.error.startswith("allow_change: there is no setting training.step; did you mean training.steps")
+
+
+def test_checkpoints_without_their_configuration_are_not_touched(command: Callable[..., Any], run: TrainConfig) -> None:
+    (run.run_path / "config.json").unlink()
+    before = content(run.run_path)
+    refused = command("train.py", run)
+    assert refused.status == 65 and "there is no config.json" in refused.error
+    assert content(run.run_path) == before
+
+
 def test_generation_passes_a_damaged_checkpoint_over_and_leaves_it_there(
     command: Callable[..., Any], run: TrainConfig
 ) -> None:
-    intact = command("generate.py", "--checkpoint", str(run.run_path), "--step", "16", "--prompt", "import ")
+    words = ("--checkpoint", str(run.run_path), "--prompt", "import ", "--max-new-tokens", "20")
+    intact = command("generate.py", *words, "--step", "16")
     damage(run.run_path, 20)
     before = content(run.run_path)
-    outcome = command("generate.py", "--checkpoint", str(run.run_path), "--prompt", "import ")
+    outcome = command("generate.py", *words)
     assert (outcome.status, outcome.out) == (0, intact.out)
     assert outcome.err.startswith("jaxgpt: checkpoint step 20 is damaged: ") and outcome.err.count("\n") == 1
     assert content(run.run_path) == before

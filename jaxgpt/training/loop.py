@@ -73,8 +73,7 @@ def train(config: TrainConfig) -> None:
     mesh = make_mesh(config.mesh)
     check_divides(mesh, config.model, config.training.batch_size // config.training.accumulation_steps)
     with jax.set_mesh(mesh), Checkpoints(config.run_path, config.checkpoint) as checkpoints:
-        resumable = (config.run_path / "config.json").exists() and checkpoints.steps()
-        if resumable:
+        if checkpoints.steps():
             refuse_other_config(read_config(config.run_path), config)
         tokenizer, corpora = prepare_corpora(config.data, config.tokenizer)
         Trainer(with_vocabulary(config, tokenizer), checkpoints, tokenizer, corpora).run()

@@ -319,6 +319,7 @@ def test_another_mesh_goes_on_with_the_run(tiny: TrainConfig, tmp_path: Path) ->
 # Numbers and memory
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_finite_ends_the_run(
     tiny: TrainConfig, text_dir: Path, command: Callable[..., Any], tmp_path: Path
@@ -346,6 +347,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_state_that_is_not_finite_is_not_saved(tiny: TrainConfig, tmp_path: Path) -> None:
     """The update overflows while loss and gradient are still finite: the checkpoint is the last to notice."""
