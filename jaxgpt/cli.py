@@ -8,7 +8,6 @@ import contextlib
 import io
 import itertools
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional
 
-from jaxgpt.config import MeshConfig, TrainConfig, from_json, to_json
+from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, nearest, run_command
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.presets import load_preset, to_json
 from jaxgpt.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
 Options = TypeVar("Options")
 
 
@@ -64,27 +63,6 @@ def parse_training(arguments: Sequence[str], program: str) -> tuple[TrainConfig,
     )
     config = parse(words[has_preset:], TrainConfig, f"{program} [CONFIG]", default=preset, description=description)
     return config, len(words) < len(arguments)
-
-
-def load_preset(name: str) -> TrainConfig:
-    """The TrainConfig that `config()` in a Python file returns, or that a .json file holds.
-
-    A relative path is looked up here, then beside train.py. Raises ConfigError when there is no such preset.
-    """
-    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
-    if path is None:
-        presets = [f"configs/{preset.name}" for preset in sorted((ROOT / "configs").glob("*.py"))]
-        near = nearest(name, presets) or f"; there are {', '.join(presets)}"
-        raise ConfigError(f"configuration {name}: there is no such file{near}")
-    if path.suffix == ".json":
-        return from_json(path.read_bytes(), str(path))
-    if path.suffix != ".py":
-        raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
-    make = runpy.run_path(str(path)).get("config")
-    config = make() if callable(make) else None
-    if not isinstance(config, TrainConfig):
-        raise ConfigError(f"configuration {name}: it must define a function config() that returns a TrainConfig")
-    return config
 
 
 def train(arguments: list[str], program: str = "train.py") -> None:

@@ -1,19 +1,16 @@
 """Every setting of a run, as frozen dataclasses that refuse illegal values when they are made.
 
-Few fields, the rest are properties. The same classes make the command line (tyro), the presets in
-`configs/` and `config.json` in the run directory, which round-trips through `to_json` and `from_json`.
+Few fields, the rest are properties. The same classes make the command line (tyro), the presets in `configs/` and
+`config.json` in the run directory.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import ClassVar, Literal, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
-
-from jaxgpt.errors import BadFileError, ConfigError, nearest
+from jaxgpt.errors import ConfigError
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,24 +18,32 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_range(section: str, low: float, high: float = math.inf, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value <= high or value == math.inf:  # also refuses NaN
-            bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{section}.{name} is {value}: it must be {bound}")
+class _Section:
+    """What the sections of a configuration have in common."""
 
+    section: ClassVar[str]
 
-def _require_choices(section: str, config: Any) -> None:
-    """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
-    for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), get_args(f.type)
-        if get_origin(f.type) is Literal and value not in choices:
-            raise ConfigError(f"{section}.{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+    def __post_init__(self) -> None:
+        """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in choices:
+                raise ConfigError(f"{self.section}.{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+
+    def within(self, low: float, high: float, *names: str) -> None:
+        """Raise ConfigError when a field is outside [low, high], infinite, or NaN; None is left out."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (not low <= value <= high or value == math.inf):
+                bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise ConfigError(f"{self.section}.{name} is {value}: it must be {bound}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """One decoder-only transformer; the defaults are GPT-2's choices."""
+
+    section = "model"
 
     n_layers: int = 12
     """Number of transformer blocks (L)."""
@@ -101,16 +106,12 @@ class ModelConfig:
     learned positions from N(0, 0.01)."""
 
     def __post_init__(self) -> None:
-        _require_choices("model", self)
-        _require_range(
-            "model", 1, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads,
-            context_length=self.context_length, rope_theta=self.rope_theta,
-        )  # fmt: skip
-        for name in ("n_kv_heads", "head_dim", "d_ff", "vocab_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"model.{name} is {value}: it must be at least 1")
-        _require_range("model", 0, 0.999, dropout=self.dropout)
-        _require_range("model", 0, 1, norm_epsilon=self.norm_epsilon)
+        super().__post_init__()
+        self.within(1, math.inf, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+        self.within(1, math.inf, "context_length", "vocab_size", "rope_theta")
+        self.within(0, 0.999, "dropout")
+        self.within(0, 1, "norm_epsilon")
+        self.within(1e-3, math.inf, "attention_softcap", "logit_softcap")
         if self.head_dim is None:
             _require(
                 self.d_model % self.n_heads == 0,
@@ -125,8 +126,6 @@ class ModelConfig:
             _require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
         if self.positions == "sinusoidal":
             _require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
-        for cap in (self.attention_softcap, self.logit_softcap):
-            _require(cap is None or 0 < cap < math.inf, f"model: a soft-cap is {cap}: it must be positive or None")
         _require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
 
     @property
@@ -149,8 +148,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(_Section):
     """A SentencePiece model: an existing one, or how to train one on the corpus."""
+
+    section = "tokenizer"
 
     path: str | None = None
     """An existing SentencePiece .model file; nothing is trained then."""
@@ -164,10 +165,9 @@ class TokenizerConfig:
     """Bytes of text that the tokenizer is trained on, taken evenly from the corpus."""
 
     def __post_init__(self) -> None:
-        _require_choices("tokenizer", self)
-        least = 256 + 4 + len(self.special_tokens)
-        _require_range("tokenizer", least, vocab_size=self.vocab_size)
-        _require_range("tokenizer", 1, training_bytes=self.training_bytes)
+        super().__post_init__()
+        self.within(256 + 4 + len(self.special_tokens), math.inf, "vocab_size")
+        self.within(1, math.inf, "training_bytes")
         _require(
             len(set(self.special_tokens)) == len(self.special_tokens) and all(self.special_tokens),
             f"tokenizer.special_tokens {self.special_tokens}: each must be different and not empty",
@@ -175,8 +175,10 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """Where the text comes from and how it becomes batches."""
+
+    section = "data"
 
     paths: tuple[str, ...] = ("@python",)
     """Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory; or
@@ -201,17 +203,23 @@ class DataConfig:
             f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths: give one for each path",
         )
         _require(all(0 < w < math.inf for w in self.weights), f"data.weights {self.weights}: each must be positive")
-        _require_range("data", 0, 0.5, val_fraction=self.val_fraction)
-        _require_range("data", 0, max_bad_documents=self.max_bad_documents)
-        _require_range("data", 1024, shard_tokens=self.shard_tokens)
+        self.within(0, 0.5, "val_fraction")
+        self.within(0, math.inf, "max_bad_documents")
+        self.within(1024, math.inf, "shard_tokens")
+
+
+_UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """The update rule (Optax), its learning-rate schedule, and what keeps it stable."""
 
+    section = "optimizer"
+
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW."""
+    """Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW.
+    adafactor has no betas and no epsilon of its own, lion no epsilon."""
     peak_lr: float = 6e-4
     """Learning rate after warm-up."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -236,19 +244,24 @@ class OptimizerConfig:
     """Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        _require_choices("optimizer", self)
-        positive = dict(peak_lr=self.peak_lr, epsilon=self.epsilon)
-        for name, value in positive.items():
-            _require(0 < value < math.inf, f"optimizer.{name} is {value}: it must be positive")
-        _require_range("optimizer", 0, warmup_steps=self.warmup_steps, clip_norm=self.clip_norm)
-        _require_range("optimizer", 0, weight_decay=self.weight_decay)
-        _require_range("optimizer", 0, 1, final_lr_ratio=self.final_lr_ratio, decay_fraction=self.decay_fraction)
-        _require_range("optimizer", 0, 0.999999, beta1=self.beta1, beta2=self.beta2, ema_decay=self.ema_decay)
+        super().__post_init__()
+        self.within(1e-30, math.inf, "peak_lr", "epsilon")
+        self.within(0, math.inf, "warmup_steps", "clip_norm", "weight_decay")
+        self.within(0, 1, "final_lr_ratio", "decay_fraction")
+        self.within(0, 0.999999, "beta1", "beta2", "ema_decay")
+        for f in dataclasses.fields(self):
+            value, unused = getattr(self, f.name), f.name in _UNUSED.get(self.name, ())
+            _require(
+                not unused or value == f.default,
+                f"optimizer.{f.name} is {value}, but {self.name} does not use it; leave it at {f.default}",
+            )
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(_Section):
     """The loop: how long, how much at a time, what is reported."""
+
+    section = "training"
 
     steps: int = 1000
     """Optimizer updates."""
@@ -276,11 +289,9 @@ class TrainingConfig:
     """Also log to Weights & Biases (`pip install wandb`)."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
-        _require_range("training", 1, **{name: getattr(self, name) for name in at_least_one})
-        at_least_zero = ("eval_every", "eval_batches", "sample_tokens", "z_loss")
-        _require_range("training", 0, **{name: getattr(self, name) for name in at_least_zero})
-        _require_range("training", 0, 2**31 - 1, seed=self.seed, steps=self.steps)
+        self.within(1, math.inf, "steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
+        self.within(0, math.inf, "eval_every", "eval_batches", "sample_tokens", "z_loss")
+        self.within(0, 2**31 - 1, "seed", "steps")
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} does not divide by "
@@ -289,8 +300,10 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Section):
     """When the state is saved and which saves stay."""
+
+    section = "checkpoint"
 
     every: int = 250
     """Steps between saves; the last step is always saved."""
@@ -302,9 +315,9 @@ class CheckpointConfig:
     """After a failed save (disk full): stop with status 74, or go on and try again at the next."""
 
     def __post_init__(self) -> None:
-        _require_choices("checkpoint", self)
-        _require_range("checkpoint", 1, every=self.every, keep_last=self.keep_last)
-        _require_range("checkpoint", 0, keep_every=self.keep_every)
+        super().__post_init__()
+        self.within(1, math.inf, "every", "keep_last")
+        self.within(0, math.inf, "keep_every")
 
 
 @dataclass(frozen=True)
@@ -359,41 +372,3 @@ class TrainConfig:
     @property
     def run_path(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
-
-
-_ADAPTER = TypeAdapter(TrainConfig)
-
-
-def to_json(config: TrainConfig) -> str:
-    """The configuration as indented JSON; `from_json` gives the same object back."""
-    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
-
-
-def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in data.items():
-        if key not in known:
-            raise ConfigError(f"unknown configuration key {where}{key}{nearest(key, known)}")
-        kind = known[key].type
-        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
-            _refuse_unknown_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
-
-
-def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
-    """Parse `to_json`'s text.
-
-    Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value.
-    """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file or start a new run") from None
-    if not isinstance(data, dict):
-        raise BadFileError(f"{where} is not a JSON object; restore the file or start a new run")
-    _refuse_unknown_keys(data, TrainConfig, "")
-    try:
-        return _ADAPTER.validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {key}: {first['msg']}") from None

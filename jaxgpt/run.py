@@ -10,15 +10,15 @@ LOCK              held by the process that trains
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxgpt.checkpoint import restore_model
-from jaxgpt.config import ModelConfig, TrainConfig, from_json, to_json
+from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import BadFileError, ConfigError, nearest
 from jaxgpt.files import write_atomically
 from jaxgpt.model import Transformer
+from jaxgpt.presets import differences, flatten, from_json, to_json
 from jaxgpt.tokenizer import Tokenizer
 
 MAY_DIFFER = (
@@ -35,22 +35,6 @@ def read_config(run_dir: Path) -> TrainConfig:
         return from_json(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise BadFileError(f"checkpoint {run_dir}: there is no config.json; name a run directory of train.py") from None
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field of nested dataclasses, as `section.field -> value`."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        nested = dataclasses.is_dataclass(value)
-        flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
-    return flat
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Every field that differs, as `section.field -> (old, new)`."""
-    before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.config import MeshConfig, TrainConfig, from_json, to_json
+from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.data.shards import open_prepared
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.presets import from_json, to_json
 from jaxgpt.run import read_config
 from jaxgpt.tokenizer import Tokenizer
 

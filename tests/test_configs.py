@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxgpt.cli import load_preset
-from jaxgpt.config import MeshConfig, TrainConfig, from_json, to_json
+from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.model import parameter_count, parameter_name
+from jaxgpt.presets import from_json, load_preset, to_json
 from jaxgpt.run import with_vocabulary
 from jaxgpt.sharding import check_divides, make_mesh, place_shapes
 from jaxgpt.training.step import TrainState, init_state

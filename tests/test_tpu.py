@@ -18,12 +18,12 @@ import pytest
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
-from jaxgpt.cli import load_preset
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.generation.decode import Settings, decode, start
 from jaxgpt.generation.engine import STEPS_PER_DISPATCH
 from jaxgpt.model import Transformer
+from jaxgpt.presets import load_preset
 from jaxgpt.run import with_vocabulary
 from jaxgpt.sharding import check_divides, make_mesh, place_shapes, shard
 from jaxgpt.training.step import init_state, make_train_step

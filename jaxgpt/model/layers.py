@@ -85,18 +85,19 @@ class Norm(nnx.Module):
 
 
 Rotation = tuple[jax.Array, jax.Array]
+"""Cosines and sines [B, T, 1, K / 2]: how far the queries and keys of each position are turned."""
 
 
-def rotation(positions_BT: jax.Array, width: int, theta: float) -> Rotation:
-    """Cosines and sines [B, T, 1, width / 2] of the angles position * theta^(-2i / width) (arXiv:2104.09864)."""
+def rotation_of(positions_BT: jax.Array, width: int, theta: float) -> Rotation:
+    """Cosines and sines of the angles position * theta^(-2i / width) (arXiv:2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
+def rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotary positions: turn the pairs (x[i], x[i + K/2]), Llama's order, by the angles of their position."""
-    cos, sin = by
+    cos, sin = rotation
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTHK.dtype)
@@ -104,7 +105,7 @@ def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     """Fixed sine and cosine positions [B, T, width] (arXiv:1706.03762, section 3.5), sines first."""
-    cos, sin = rotation(positions_BT, width, 10_000.0)
+    cos, sin = rotation_of(positions_BT, width, 10_000.0)
     return jnp.concatenate([sin, cos], axis=-1)[:, :, 0]
 
 
@@ -131,8 +132,8 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         mask_BTS: jax.Array,
         rotation: Rotation | None,
-        cache: LayerCache | None,
         positions_BT: jax.Array,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend; with a cache, first write this call's keys and values into the slots of their positions."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -199,7 +200,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         normed = self.attention_norm(x_BTD) if self.pre_norm else x_BTD
-        y_BTD, cache = self.attention(normed, mask_BTS, rotation, cache, positions_BT)
+        y_BTD, cache = self.attention(normed, mask_BTS, rotation, positions_BT, cache)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[0])
         x_BTD = x_BTD if self.pre_norm else self.attention_norm(x_BTD)
         normed = self.mlp_norm(x_BTD) if self.pre_norm else x_BTD

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention_mask
-from jaxgpt.model.layers import Block, LayerCache, Norm, Rotation, dropout, normal, rotation, sinusoids, weight
+from jaxgpt.model.layers import Block, LayerCache, Norm, Rotation, dropout, normal, rotation_of, sinusoids, weight
 from jaxgpt.sharding import VOCAB_MULTIPLE, out_sharding, shard
 
 
@@ -71,15 +71,15 @@ class Transformer(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
-        turn = None
+        rotation = None
         if self.config.positions == "rotary":
-            turn = rotation(positions_BT, self.config.key_dim, self.config.rope_theta)
+            rotation = rotation_of(positions_BT, self.config.key_dim, self.config.rope_theta)
         if cache is None:
-            x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, turn, keys[1])
+            x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, rotation, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
-            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, turn, cache)
+            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, rotation, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
-        turn: Rotation | None,
+        rotation: Rotation | None,
         key: jax.Array | None,
     ) -> jax.Array:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
 
         def run(x_BTD: jax.Array, layer: Block, window: Any, key: jax.Array | None) -> jax.Array:
             mask_BTS = attention_mask(positions_BT, positions_BT, segments, window)
-            return layer(x_BTD, mask_BTS, turn, positions_BT, None, key)[0]
+            return layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)[0]
 
         run = _rematerialised(run, config.remat)
         windows = config.layer_windows
@@ -129,14 +129,14 @@ class Transformer(nnx.Module):
         return jax.lax.scan(step, x_BTD, per_layer)[0]
 
     def _cached_layers(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, turn: Rotation | None, cache: Cache
+        self, x_BTD: jax.Array, positions_BT: jax.Array, rotation: Rotation | None, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache.length, dtype=jnp.int32)[None]
         new = []
         for layer, window, old in zip(self._each_layer(), self.config.layer_windows, cache.layers, strict=True):
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
-            x_BTD, layer_cache = layer(x_BTD, mask_BTS, turn, positions_BT, old, None)
+            x_BTD, layer_cache = layer(x_BTD, mask_BTS, rotation, positions_BT, old, None)
             assert layer_cache is not None
             new.append(layer_cache)
         return x_BTD, Cache(tuple(new))

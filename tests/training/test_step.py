@@ -134,7 +134,9 @@ def one_update_by_each_rule(mesh_of: Callable, *sizes: int) -> tuple[dict[str, n
         gradients = jax.grad(lambda m: batch_loss(m, batch, weights_BT, loss_options(CONFIG))[0])(model)
         updated = {}
         for name in ("lion", "adafactor", "muon"):
-            rule = make_optimizer(dataclasses.replace(CONFIG.optimizer, name=name), CONFIG.training.steps)
+            epsilon = CONFIG.optimizer.epsilon if name == "muon" else 1e-8  # the others have none
+            config = dataclasses.replace(CONFIG.optimizer, name=name, epsilon=epsilon)
+            rule = make_optimizer(config, CONFIG.training.steps)
             updated[name] = rule.update(gradients, rule.init(model), model)[0]
         return gradients, updated
 

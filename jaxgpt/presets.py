@@ -1,0 +1,87 @@
+"""Configurations as files: presets in Python, JSON that round-trips, and what differs between two of them."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from jaxgpt.config import TrainConfig
+from jaxgpt.errors import BadFileError, ConfigError, nearest
+
+ROOT = Path(__file__).parents[1]
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def to_json(config: TrainConfig) -> str:
+    """The configuration as indented JSON; `from_json` gives the same object back."""
+    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+
+
+def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"unknown configuration key {where}{key}{nearest(key, known)}")
+        kind = known[key].type
+        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+            _refuse_unknown_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
+
+
+def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
+    """Parse `to_json`'s text.
+
+    Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file or start a new run") from None
+    if not isinstance(data, dict):
+        raise BadFileError(f"{where} is not a JSON object; restore the file or start a new run")
+    _refuse_unknown_keys(data, TrainConfig, "")
+    try:
+        return _ADAPTER.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+
+
+def load_preset(name: str) -> TrainConfig:
+    """The TrainConfig that `config()` in a Python file returns, or that a .json file holds.
+
+    A relative path is looked up here, then beside train.py. Raises ConfigError when there is no such preset.
+    """
+    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
+    if path is None:
+        presets = [f"configs/{preset.name}" for preset in sorted((ROOT / "configs").glob("*.py"))]
+        near = nearest(name, presets) or f"; there are {', '.join(presets)}"
+        raise ConfigError(f"configuration {name}: there is no such file{near}")
+    if path.suffix == ".json":
+        return from_json(path.read_bytes(), str(path))
+    if path.suffix != ".py":
+        raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
+    make = runpy.run_path(str(path)).get("config")
+    config = make() if callable(make) else None
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"configuration {name}: it must define a function config() that returns a TrainConfig")
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field of nested dataclasses, as `section.field -> value`."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        nested = dataclasses.is_dataclass(value)
+        flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
+    return flat
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Every field that differs, as `section.field -> (old, new)`."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
