@@ -45,7 +45,7 @@ ENTRY = [sys.executable, "-c", "from jaxgpt.cli import main; main()"]
         ("--training.steps x", "Error parsing --training.steps: invalid literal for int() with base 10: 'x'; `train"),
         ("--training.steps 2.5", "Error parsing --training.steps: invalid literal for int() with base 10: '2.5'; "),
         ("--optimizer.peak-lr fast", "Error parsing --optimizer.peak-lr: could not convert string to float: 'fast'; "),
-        ("--optimizer.peak-lr nan", "optimizer.peak_lr is nan: it must be positive"),
+        ("--optimizer.peak-lr nan", "optimizer.peak_lr is nan: it must be finite"),
         (
             "--model.norm batch",
             "invalid choice 'batch' for argument '--model.norm'. Expected one of ('layernorm', 'rms",
