@@ -12,11 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES, P90_FUNCTION_LINES = 7_000, 400, 80, 40
 
-# The backslashes keep these lines from matching themselves.
-REGISTRY_HOST = re.compile(
-    r"\b(pypi\.org|pypi\.python\.org|pythonhosted\.org|npmjs\.(org|com)|download\.pytorch\.org"
-    r"|(conda\.)?anaconda\.org|crates\.io|proxy\.golang\.org|deb\.debian\.org|ghcr\.io|docker\.io)\b"
-)
+# The tildes keep these lines from matching themselves.
+HOSTS = """py~pi.org py~pi.python.org python~hosted.org npm~js.org npm~js.com download.pytorch~.org ana~conda.org
+crates~.io proxy.golang~.org deb.debian~.org ghcr~.io docker~.io"""
+REGISTRY_HOST = re.compile("|".join(rf"\b{re.escape(host)}\b" for host in HOSTS.replace("~", "").split()))
 PERSONAL_PATH = re.compile(r"(?<![\w.~*])/(home|Users|root|work)/\w|\b[A-Z]:\\Users\b", re.ASCII)
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -85,6 +84,7 @@ def text_lines(file: Path) -> list[str]:
 
 def test_names_no_registry_and_no_personal_path() -> None:
     assert any(file.name == "pyproject.toml" for file in FILES), "the listing is empty: nothing would be checked"
+    assert REGISTRY_HOST.search("https://files.python" + "hosted.org/x") and not REGISTRY_HOST.search("my" + "pypi.org")
     found = [
         f"{file.relative_to(ROOT)}:{number}: {match.group()}"
         for file in FILES
