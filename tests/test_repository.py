@@ -84,7 +84,7 @@ def text_lines(file: Path) -> list[str]:
 
 def test_names_no_registry_and_no_personal_path() -> None:
     assert any(file.name == "pyproject.toml" for file in FILES), "the listing is empty: nothing would be checked"
-    assert REGISTRY_HOST.search("https://files.python" + "hosted.org/x") and not REGISTRY_HOST.search("my" + "pypi.org")
+    assert REGISTRY_HOST.search("https://files.python" + "hosted.org/x") and not REGISTRY_HOST.search("mypy" + "pi.org")
     found = [
         f"{file.relative_to(ROOT)}:{number}: {match.group()}"
         for file in FILES

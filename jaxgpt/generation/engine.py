@@ -52,6 +52,8 @@ class Engine:
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Completion]:
         """`params.num_samples` completions of each prompt, prompt after prompt. Raises ConfigError as `stream` does."""
         ids = [self._prompt_ids(prompt, params) for prompt in prompts]
+        if not ids:
+            return []
         (texts,) = deque(self._run(ids, params), maxlen=1)
         lengths = [len(prompt) for prompt in ids for _ in range(params.num_samples)]
         return [self._completion(row, length) for row, length in zip(texts, lengths, strict=True)]

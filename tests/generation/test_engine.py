@@ -144,6 +144,7 @@ def test_the_context_can_be_filled_but_not_exceeded(mesh_of: Callable[..., Any],
 def test_other_settings_run_the_same_program(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer)
+        assert engine.generate([], GREEDY) == []
         engine.generate(["x"], GREEDY)
         before = decode._cache_size()
         for params in (
