@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.errors import BadFileError, ConfigError, nearest
+from jaxgpt.errors import BadFileError, ConfigError, JaxgptError, nearest
 
 ROOT = Path(__file__).parents[1]
 _ADAPTER = TypeAdapter(TrainConfig)
@@ -58,14 +59,24 @@ def load_preset(name: str) -> TrainConfig:
     path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
         presets = [f"configs/{preset.name}" for preset in sorted((ROOT / "configs").glob("*.py"))]
-        near = nearest(name, presets) or f"; there are {', '.join(presets)}"
+        near = nearest(name, presets) or f"; there are {', '.join(presets) or 'none here, so give a path'}"
         raise ConfigError(f"configuration {name}: there is no such file{near}")
     if path.suffix == ".json":
         return from_json(path.read_bytes(), str(path))
     if path.suffix != ".py":
         raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
-    make = runpy.run_path(str(path)).get("config")
-    config = make() if callable(make) else None
+    try:
+        make = runpy.run_path(str(path)).get("config")
+        config = make() if callable(make) else None
+    except JaxgptError:
+        raise
+    except Exception as error:  # the user's own code; the usual mistake is a field that does not exist
+        wrong = re.search(
+            r"unexpected keyword argument '(\w+)'$", str(error)
+        )  # newer Pythons propose a name themselves
+        near = nearest(wrong[1], {key.rpartition(".")[2] for key in flatten(TrainConfig())}) if wrong else ""
+        what = f"{type(error).__name__}: {error}{near}"
+        raise ConfigError(f"configuration {name}: {what}; mend it, --debug shows where") from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"configuration {name}: it must define a function config() that returns a TrainConfig")
     return config

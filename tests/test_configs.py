@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.errors import ConfigError
 from jaxgpt.model import parameter_count, parameter_name
 from jaxgpt.presets import from_json, load_preset, to_json
 from jaxgpt.run import with_vocabulary
@@ -77,3 +78,21 @@ def test_nothing_large_is_on_every_device(preset: str, sizes: tuple[int, int, in
         whole, held = whole + leaf.size, held + here
         assert leaf.size <= MILLION or here == leaf.size / 8, parameter_name(path)
     assert held < 1.01 * whole / 8
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def config(): return ModelConfig(n_layer=3)", "argument 'n_layer'.*[Dd]id you mean '?n_layers"),
+        ("def config(): return ModelConfig(n_heads=5)", "model.d_model 768 does not divide by model.n_heads 5"),
+        ("def config(: pass", "SyntaxError: invalid syntax"),
+        ("def config(): return 1 / 0", "ZeroDivisionError: division by zero; mend it, --debug shows where"),
+        ("", r"must define a function config\(\) that returns a TrainConfig"),
+    ],
+)
+def test_a_mistake_in_a_preset_is_one_line(tmp_path: Path, code: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"from jaxgpt.config import ModelConfig\n{code}\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_preset(str(path))
+    assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES, P90_FUNCTION_LINES = 7_000, 400, 
 
 # The tildes keep these lines from matching themselves.
 HOSTS = """py~pi.org py~pi.python.org python~hosted.org npm~js.org npm~js.com download.pytorch~.org ana~conda.org
-crates~.io proxy.golang~.org deb.debian~.org ghcr~.io docker~.io"""
+crates~.io proxy.golang~.org deb~.debian.org ghcr~.io docker~.io"""
 REGISTRY_HOST = re.compile("|".join(rf"\b{re.escape(host)}\b" for host in HOSTS.replace("~", "").split()))
 PERSONAL_PATH = re.compile(r"(?<![\w.~*])/(home|Users|root|work)/\w|\b[A-Z]:\\Users\b", re.ASCII)
 

@@ -171,6 +171,7 @@ def test_the_training_step_compiles_and_fits(preset: str, mesh: MeshConfig, comp
     assert_same_places(state, program.compiled.output_shardings[0])
     assert_communicates(program, cut)
     assert "transpose(jvp())" in program.instructions("all-reduce|reduce-scatter"), "gradients must be added up"
+    assert "pred[" not in program.instructions("all-gather"), "the one-hot of the loss must stay where it is cut"
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=cut_axis)

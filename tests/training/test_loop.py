@@ -492,6 +492,23 @@ def test_nothing_held_out(tiny: TrainConfig, capsys: pytest.CaptureFixture[str],
     ]
 
 
+@pytest.mark.usefixtures("one_device")
+def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_training_step(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A batch that is cut into parts because it does not fit would not fit there either."""
+    shapes = []
+
+    def note(*arguments: Any) -> dict[str, float]:
+        windows = arguments[2]
+        shapes.append((len(windows), windows[0].tokens.shape))
+        return {"val_loss": 1.0, "val_bits_per_byte": 1.0, "val_bits_per_byte_se": 0.1}
+
+    monkeypatch.setattr("jaxgpt.training.loop.evaluate", note)
+    train(with_options(tiny, tmp_path, training={"steps": 5}))
+    assert shapes == [(3 * 2, (4 // 2, 64))]
+
+
 def test_the_records_of_a_run(finished: Path) -> None:
     found = records(finished)
     assert [r["step"] for r in found if "loss" in r] == [*range(1, 21)]
