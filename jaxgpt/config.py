@@ -8,147 +8,14 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Literal
 
-from jaxgpt.errors import ConfigError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-class _Section:
-    """What the sections of a configuration have in common."""
-
-    section: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, choices = getattr(self, f.name), get_args(f.type)
-            if get_origin(f.type) is Literal and value not in choices:
-                raise ConfigError(f"{self.section}.{f.name} is {value!r}: it must be one of {', '.join(choices)}")
-
-    def within(self, low: float, high: float, *names: str) -> None:
-        """Raise ConfigError when a field is outside [low, high], infinite, or NaN; None is left out."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and (not low <= value <= high or value == math.inf):
-                bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ConfigError(f"{self.section}.{name} is {value}: it must be {bound}")
+from jaxgpt.model_config import ModelConfig as ModelConfig
+from jaxgpt.model_config import Section, require
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Section):
-    """One decoder-only transformer; the defaults are GPT-2's choices."""
-
-    section = "model"
-
-    n_layers: int = 12
-    """Number of transformer blocks (L)."""
-    d_model: int = 768
-    """Width of the residual stream (D)."""
-    n_heads: int = 12
-    """Query heads (H)."""
-    n_kv_heads: int | None = None
-    """Key/value heads (G): 1 is multi-query, fewer than n_heads is grouped-query attention. Default: n_heads."""
-    head_dim: int | None = None
-    """Width of one head (K). Default: d_model / n_heads."""
-    d_ff: int | None = None
-    """Hidden width of the feed-forward network (F). Default: 4 * d_model."""
-    context_length: int = 1024
-    """Tokens in one training sequence, and the largest position."""
-    vocab_size: int | None = None
-    """Vocabulary (V). Default: that of the tokenizer."""
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
-    """How the model knows the order of tokens."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Kind of normalisation."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance."""
-    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
-    """Non-linearity of the feed-forward network."""
-    gated_mlp: bool = False
-    """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
-    attention_bias: bool = True
-    """Biases in the query, key, value and output projections."""
-    mlp_bias: bool = True
-    """Biases in the feed-forward network."""
-    norm_bias: bool = True
-    """A bias in LayerNorm."""
-    qk_norm: bool = False
-    """RMS-normalise each head's query and key."""
-    attention_softcap: float | None = None
-    """c * tanh(scores / c) on attention scores."""
-    logit_softcap: float | None = None
-    """c * tanh(logits / c) on the output logits."""
-    windows: tuple[int, ...] = ()
-    """Sliding-window sizes, repeated over the layers; 0 sees everything. (1024, 0) alternates."""
-    tie_embeddings: bool = True
-    """Use the token embedding as the output projection."""
-    scale_embeddings: bool = False
-    """Multiply token embeddings by sqrt(d_model)."""
-    dropout: float = 0.0
-    """Dropped share of the embeddings and of each block's outputs while training."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the activations; parameters stay float32."""
-    scan_layers: bool = True
-    """Compile one layer and loop over it, instead of unrolling all layers."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
-    init: Literal["gpt2", "nanogpt"] = "gpt2"
-    """Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
-    learned positions from N(0, 0.01)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(1, math.inf, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
-        self.within(1, math.inf, "context_length", "vocab_size", "rope_theta")
-        self.within(0, 0.999, "dropout")
-        self.within(0, 1, "norm_epsilon")
-        self.within(1e-3, math.inf, "attention_softcap", "logit_softcap")
-        if self.head_dim is None:
-            _require(
-                self.d_model % self.n_heads == 0,
-                f"model.d_model {self.d_model} does not divide by model.n_heads {self.n_heads}; "
-                f"change one of them or set model.head_dim",
-            )
-        _require(
-            self.n_heads % self.kv_heads == 0,
-            f"model.n_heads {self.n_heads} does not divide by model.n_kv_heads {self.n_kv_heads}",
-        )
-        if self.positions == "rotary":
-            _require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
-        if self.positions == "sinusoidal":
-            _require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
-        _require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def key_dim(self) -> int:
-        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def ff_dim(self) -> int:
-        return 4 * self.d_model if self.d_ff is None else self.d_ff
-
-    @property
-    def layer_windows(self) -> tuple[int, ...]:
-        """The window of each layer; 0 where the layer sees everything."""
-        pattern = self.windows or (0,)
-        return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
-
-
-@dataclass(frozen=True)
-class TokenizerConfig(_Section):
+class TokenizerConfig(Section):
     """A SentencePiece model: an existing one, or how to train one on the corpus."""
 
     section = "tokenizer"
@@ -168,14 +35,14 @@ class TokenizerConfig(_Section):
         super().__post_init__()
         self.within(256 + 4 + len(self.special_tokens), math.inf, "vocab_size")
         self.within(1, math.inf, "training_bytes")
-        _require(
+        require(
             len(set(self.special_tokens)) == len(self.special_tokens) and all(self.special_tokens),
             f"tokenizer.special_tokens {self.special_tokens}: each must be different and not empty",
         )
 
 
 @dataclass(frozen=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the text comes from and how it becomes batches."""
 
     section = "data"
@@ -197,12 +64,12 @@ class DataConfig(_Section):
     """Where prepared corpora are kept. Default: $XDG_CACHE_HOME/jaxgpt or ~/.cache/jaxgpt."""
 
     def __post_init__(self) -> None:
-        _require(len(self.paths) > 0, "data.paths is empty: name at least one file, directory or glob")
-        _require(
+        require(len(self.paths) > 0, "data.paths is empty: name at least one file, directory or glob")
+        require(
             not self.weights or len(self.weights) == len(self.paths),
             f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths: give one for each path",
         )
-        _require(all(0 < w < math.inf for w in self.weights), f"data.weights {self.weights}: each must be positive")
+        require(all(0 < w < math.inf for w in self.weights), f"data.weights {self.weights}: each must be positive")
         self.within(0, 0.5, "val_fraction")
         self.within(0, math.inf, "max_bad_documents")
         self.within(1024, math.inf, "shard_tokens")
@@ -212,7 +79,7 @@ _UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """The update rule (Optax), its learning-rate schedule, and what keeps it stable."""
 
     section = "optimizer"
@@ -251,14 +118,14 @@ class OptimizerConfig(_Section):
         self.within(0, 0.999999, "beta1", "beta2", "ema_decay")
         for f in dataclasses.fields(self):
             value, unused = getattr(self, f.name), f.name in _UNUSED.get(self.name, ())
-            _require(
+            require(
                 not unused or value == f.default,
                 f"optimizer.{f.name} is {value}, but {self.name} does not use it; leave it at {f.default}",
             )
 
 
 @dataclass(frozen=True)
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The loop: how long, how much at a time, what is reported."""
 
     section = "training"
@@ -292,7 +159,7 @@ class TrainingConfig(_Section):
         self.within(1, math.inf, "steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
         self.within(0, math.inf, "eval_every", "eval_batches", "sample_tokens", "z_loss")
         self.within(0, 2**31 - 1, "seed", "steps")
-        _require(
+        require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} does not divide by "
             f"training.accumulation_steps {self.accumulation_steps}",
@@ -300,7 +167,7 @@ class TrainingConfig(_Section):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the state is saved and which saves stay."""
 
     section = "checkpoint"
@@ -333,8 +200,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(all(size == -1 or size >= 1 for size in sizes), f"mesh {sizes}: sizes must be -1 or at least 1")
-        _require(sizes.count(-1) <= 1, f"mesh {sizes}: only one size can be -1")
+        require(all(size == -1 or size >= 1 for size in sizes), f"mesh {sizes}: sizes must be -1 or at least 1")
+        require(sizes.count(-1) <= 1, f"mesh {sizes}: only one size can be -1")
 
     @property
     def size(self) -> int | None:
@@ -362,9 +229,9 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: it must be a plain word")
+        require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: it must be a plain word")
         chunks, length = self.training.loss_chunks, self.model.context_length
-        _require(
+        require(
             length % chunks == 0,
             f"model.context_length {length} does not divide by training.loss_chunks {chunks}",
         )

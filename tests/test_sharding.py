@@ -27,7 +27,7 @@ from jaxgpt.training.step import TrainState, init_state, make_train_step
 
 MODEL = ModelConfig(
     n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=24, context_length=8, vocab_size=50, gated_mlp=True,
-    qk_norm=True, tie_embeddings=False,
+    qk_norm="head", tie_embeddings=False,
 )  # fmt: skip
 
 HEADS_IN, HEADS_OUT, HEADS_BIAS = (None, "fsdp", "tensor"), (None, "tensor", None, "fsdp"), (None, "tensor")

@@ -18,7 +18,7 @@ from jaxgpt.generation.sampling import SamplingParams, choose
 from jaxgpt.model import Transformer
 from jaxgpt.tokenizer import Tokenizer, train_tokenizer
 
-MODERN = dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, gated_mlp=True, windows=(7, 0), qk_norm=True)
+MODERN = dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, gated_mlp=True, windows=(7, 0), qk_norm="head")
 PROMPTS = ["def f(x):\n", "", "import os, sys\n\n\nclass Reader:\n    "]
 GREEDY = SamplingParams(max_new_tokens=20, temperature=0)
 

@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         positions="rotary", norm="rmsnorm", n_kv_heads=1, head_dim=12, gated_mlp=True, scale_embeddings=True,
         attention_softcap=1.0, logit_softcap=1.5, windows=(4, 0),
     ),
-    "qk-norm": dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, qk_norm=True, tie_embeddings=False, d_ff=40),
+    "qk-norm": dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, qk_norm="head", tie_embeddings=False, d_ff=40),
     "no-positions": dict(
         positions="none", norm="rmsnorm", norm_position="post", windows=(5, 0), activation="gelu", scan_layers=False,
     ),
@@ -161,7 +161,7 @@ def reference(model: Transformer, tokens_BT: np.ndarray) -> np.ndarray:
 
     def attend(x: np.ndarray, layer: int) -> np.ndarray:
         q, k, v = (project("btd,dhk->bthk", x, f"attention.{name}", layer) for name in ("query", "key", "value"))
-        if c.qk_norm:
+        if c.qk_norm != "none":
             q = norm(q, "layers.attention.query_norm", "rmsnorm", layer)
             k = norm(k, "layers.attention.key_norm", "rmsnorm", layer)
         if c.positions == "rotary":
@@ -405,7 +405,7 @@ def test_dropout_needs_a_key_and_draws_anew_in_every_place(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("init", "positions_std"), [("gpt2", 0.01), ("nanogpt", 0.02)])
 def test_parameters_start_as_published(init: str, positions_std: float) -> None:
-    config = tiny(n_layers=3, d_model=64, context_length=256, init=init, qk_norm=True, gated_mlp=True)
+    config = tiny(n_layers=3, d_model=64, context_length=256, init=init, qk_norm="head", gated_mlp=True)
     config = dataclasses.replace(config, tie_embeddings=False)
     drawn = parameters(Transformer(config, jax.random.key(0)))
     kinds = {"token_embedding": 0.02, "unembedding": 0.02, "position_embedding": positions_std}

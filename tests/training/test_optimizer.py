@@ -78,7 +78,7 @@ def test_schedules_without_room_for_a_part(schedule: Any, warmup_steps: int) -> 
 
 def test_decay_is_for_matrices_and_embeddings_of_the_model() -> None:
     """A norm's scale is [L, D] in the stack, and a head's bias [L, H, K]: shapes do not tell."""
-    config = ModelConfig(n_layers=L, d_model=16, n_heads=4, vocab_size=50, qk_norm=True, gated_mlp=True)
+    config = ModelConfig(n_layers=L, d_model=16, n_heads=4, vocab_size=50, qk_norm="head", gated_mlp=True)
     shapes = jax.eval_shape(lambda: Transformer(dataclasses.replace(config, tie_embeddings=False), jax.random.key(0)))
     decayed = {parameter_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(shapes) if decays(p)}
     attention = {f"layers.attention.{name}.kernel" for name in ("query", "key", "value", "output")}

@@ -1,0 +1,203 @@
+"""The shape of one decoder-only transformer, wide enough for the families in `interop/families.py`."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args, get_origin
+
+from jaxgpt.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+class Section:
+    """What the sections of a configuration have in common."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in choices:
+                raise ConfigError(f"{self.section}.{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+
+    def within(self, low: float, high: float, *names: str) -> None:
+        """Raise ConfigError when a field is outside [low, high], infinite, or NaN; None is left out."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (not low <= value <= high or value == math.inf):
+                bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise ConfigError(f"{self.section}.{name} is {value}: it must be {bound}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """One decoder-only transformer; the defaults are GPT-2's choices."""
+
+    section = "model"
+
+    n_layers: int = 12
+    """Number of transformer blocks (L)."""
+    d_model: int = 768
+    """Width of the residual stream (D)."""
+    n_heads: int = 12
+    """Query heads (H)."""
+    n_kv_heads: int | None = None
+    """Key/value heads (G): 1 is multi-query, fewer than n_heads is grouped-query attention. Default: n_heads."""
+    head_dim: int | None = None
+    """Width of one head (K). Default: d_model / n_heads."""
+    d_ff: int | None = None
+    """Hidden width of the feed-forward network (F). Default: 4 * d_model."""
+    context_length: int = 1024
+    """Tokens in one training sequence, and the largest position."""
+    vocab_size: int | None = None
+    """Vocabulary (V). Default: that of the tokenizer."""
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    """How the model knows the order of tokens."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    local_rope_theta: float | None = None
+    """Base on the layers that have a window, where nothing is scaled. Default: as on the others."""
+    rope_fraction: float = 1.0
+    """Share of each head, from its first dimension on, that is rotated."""
+    rotary_layers: tuple[bool, ...] = ()
+    """Whether each layer rotates, repeated over the layers; (True, True, True, False) leaves each fourth without."""
+    rope_scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    """How the frequencies are stretched for texts longer than those of the training."""
+    rope_factor: float = 1.0
+    """With linear and llama3: how many times slower the slow frequencies turn."""
+    rope_low_frequency: float = 1.0
+    """With llama3: frequencies that turn less often than this in the original context are slowed by the factor."""
+    rope_high_frequency: float = 4.0
+    """With llama3: frequencies that turn more often than this stay."""
+    rope_original_context: int = 8192
+    """With llama3 and longrope: context length of the training before."""
+    rope_short_factors: tuple[float, ...] = ()
+    """With longrope: divides each frequency in texts up to the original context."""
+    rope_long_factors: tuple[float, ...] = ()
+    """With longrope: divides each frequency in longer texts."""
+    rope_attention_factor: float = 1.0
+    """With longrope: multiplies rotated queries and keys."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of normalisation."""
+    norm_position: Literal["pre", "post", "output", "both"] = "pre"
+    """pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer. output: x + norm(f(x)), as
+    in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
+    """Non-linearity of the feed-forward network."""
+    gated_mlp: bool = False
+    """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
+    n_experts: int = 0
+    """Feed-forward networks, each d_ff wide, of which a router takes some for each token (E); 0 is one without router."""
+    experts_per_token: int = 2
+    """Experts that each token is sent to."""
+    normalize_experts: bool = True
+    """Let the weights of a token's experts add up to 1."""
+    attention_bias: bool = True
+    """Biases in the query, key and value projections."""
+    attention_output_bias: bool | None = None
+    """A bias in attention's output projection. Default: as attention_bias."""
+    mlp_bias: bool = True
+    """Biases in the feed-forward network."""
+    norm_bias: bool = True
+    """A bias in LayerNorm."""
+    norm_plus_one: bool = False
+    """Multiply by 1 + scale, as in Gemma, so that a scale decays towards 1."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """RMS-normalise queries and keys: each head alone, or all heads together."""
+    attention_scale: float | None = None
+    """Multiplies attention scores. Default: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """c * tanh(scores / c) on attention scores."""
+    logit_softcap: float | None = None
+    """c * tanh(logits / c) on the output logits."""
+    windows: tuple[int, ...] = ()
+    """Sliding-window sizes, repeated over the layers; 0 sees everything. (1024, 0) alternates."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection."""
+    scale_embeddings: bool = False
+    """Multiply token embeddings by sqrt(d_model)."""
+    dropout: float = 0.0
+    """Dropped share of the embeddings and of each block's outputs while training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the activations; parameters stay float32."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it, instead of unrolling all layers."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
+    init: Literal["gpt2", "nanogpt"] = "gpt2"
+    """Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
+    learned positions from N(0, 0.01)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(1, math.inf, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+        self.within(1, math.inf, "context_length", "vocab_size", "rope_theta", "local_rope_theta", "rope_factor")
+        self.within(1, math.inf, "rope_original_context", "experts_per_token")
+        self.within(1e-6, math.inf, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
+        self.within(1e-6, math.inf, "attention_scale")
+        self.within(0, 2**16, "n_experts")
+        self.within(0, 1, "rope_fraction")
+        self.within(0, 0.999, "dropout")
+        self.within(0, 1, "norm_epsilon")
+        self.within(1e-3, math.inf, "attention_softcap", "logit_softcap")
+        if self.head_dim is None:
+            require(
+                self.d_model % self.n_heads == 0,
+                f"model.d_model {self.d_model} does not divide by model.n_heads {self.n_heads}; "
+                f"change one of them or set model.head_dim",
+            )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_heads {self.n_heads} does not divide by model.n_kv_heads {self.n_kv_heads}",
+        )
+        if self.positions == "rotary":
+            require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
+            even = self.rotary_dim % 2 == 0 < self.rotary_dim
+            require(even, f"model.rope_fraction {self.rope_fraction} of {self.key_dim} is odd")
+        if self.positions == "sinusoidal":
+            require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
+        require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
+        require(
+            not self.n_experts or (self.experts_per_token <= self.n_experts and self.gated_mlp and not self.mlp_bias),
+            f"model.n_experts {self.n_experts}: experts need gated_mlp, no mlp_bias, and experts_per_token <= n_experts",
+        )
+        if self.rope_scaling == "longrope":
+            sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
+            require(len(sizes) == 1, f"model.rope_long_factors: longrope needs {self.rotary_dim // 2} of each")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return int(self.key_dim * self.rope_fraction)
+
+    @property
+    def ff_dim(self) -> int:
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The window of each layer; 0 where the layer sees everything."""
+        return self._each_layer(self.windows or (0,))
+
+    @property
+    def layers_rotate(self) -> tuple[bool, ...]:
+        """Whether each layer rotates queries and keys."""
+        return self._each_layer(self.rotary_layers or (True,))
+
+    def _each_layer(self, pattern: tuple) -> tuple:
+        return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
