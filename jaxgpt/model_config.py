@@ -94,7 +94,7 @@ class ModelConfig(Section):
     gated_mlp: bool = False
     """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
     n_experts: int = 0
-    """Feed-forward networks, each d_ff wide, of which a router takes some for each token (E); 0 is one without router."""
+    """Feed-forward networks (E), each d_ff wide, of which a router takes some for each token; 0 is one alone."""
     experts_per_token: int = 2
     """Experts that each token is sent to."""
     normalize_experts: bool = True
@@ -166,7 +166,7 @@ class ModelConfig(Section):
         require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
         require(
             not self.n_experts or (self.experts_per_token <= self.n_experts and self.gated_mlp and not self.mlp_bias),
-            f"model.n_experts {self.n_experts}: experts need gated_mlp, no mlp_bias, and experts_per_token <= n_experts",
+            f"model.n_experts {self.n_experts}: experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts",
         )
         if self.rope_scaling == "longrope":
             sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
