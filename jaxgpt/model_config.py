@@ -7,6 +7,9 @@ from typing import ClassVar, Literal, get_args, get_origin
 
 from jaxgpt.errors import ConfigError
 
+VOCAB_MULTIPLE = 128
+"""The embedding's rows are rounded up to this."""
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -138,10 +141,10 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.within(1, math.inf, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
-        self.within(1, math.inf, "context_length", "vocab_size", "rope_theta", "local_rope_theta", "rope_factor")
+        self.within(1, math.inf, "context_length", "vocab_size", "rope_theta", "local_rope_theta")
         self.within(1, math.inf, "rope_original_context", "experts_per_token")
         self.within(1e-6, math.inf, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
-        self.within(1e-6, math.inf, "attention_scale")
+        self.within(1e-6, math.inf, "attention_scale", "rope_factor")
         self.within(0, 2**16, "n_experts")
         self.within(0, 1, "rope_fraction")
         self.within(0, 0.999, "dropout")
@@ -188,6 +191,11 @@ class ModelConfig(Section):
     @property
     def ff_dim(self) -> int:
         return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding: 50257 divides over no mesh, and 128 fills a TPU's lanes."""
+        return -(-(self.vocab_size or 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def layer_windows(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Sharding is explicit: it lives in the type of every array, and JAX raises instea
 always a mesh, 1x1x1 on a laptop. Letters, used in names such as `x_BTD` all over the project:
 
     B batch   T query length   S key length   D model width   H query heads   G key/value heads
-    K head width   F feed-forward width   V vocabulary   L layers
+    K head width   F feed-forward width   V vocabulary   L layers   E experts
 
 Stored parameters are also cut along D over `fsdp` and gathered just before use (ZeRO-3, arXiv:1910.02054);
 `tensor` cuts heads, feed-forward and vocabulary (Megatron, arXiv:1909.08053).
@@ -18,13 +18,11 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxgpt.config import MeshConfig, ModelConfig
+from jaxgpt.config import MeshConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig
 
 PyTree = TypeVar("PyTree")
-
-VOCAB_MULTIPLE = 128
-"""The embedding's rows are rounded up to this: 50257 divides over no mesh, and 128 fills a TPU's lanes."""
 
 ACTIVATION = {"B": ("data", "fsdp"), "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 PARAMETER = ACTIVATION | {"D": "fsdp"}
@@ -74,12 +72,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
     """Raise ConfigError when the mesh cannot cut this model or batch evenly."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    rows = -(-(model.vocab_size or 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     cuts = [
         ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
         ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
         ("model.d_ff", model.ff_dim, "mesh.tensor", tensor),
-        (f"vocabulary rows (multiples of {VOCAB_MULTIPLE})", rows, "mesh.tensor", tensor),
+        (f"vocabulary rows (multiples of {VOCAB_MULTIPLE})", model.vocab_rows, "mesh.tensor", tensor),
         ("model.d_model", model.d_model, "mesh.fsdp", fsdp),
         ("sequences at a time", batch_size, "mesh.data * mesh.fsdp", mesh.shape["data"] * fsdp),
     ]

@@ -30,17 +30,23 @@ def attention_mask(
 
 
 def attention(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, softcap: float | None = None
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask_BTS: jax.Array,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245).
 
-    Scores and softmax are float32. `softcap` c replaces scores by c * tanh(scores / c). Returns [B, T, H, K].
+    Scores and softmax are float32. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then replaces them
+    by c * tanh(scores / c). Returns [B, T, H, K].
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K, out_sharding=out_sharding("BTGRK"))  # JAX would cut R when G is 1
     scores_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    scores_BGRTS *= K**-0.5
+    scores_BGRTS *= K**-0.5 if scale is None else scale
     if softcap is not None:
         scores_BGRTS = softcap * jnp.tanh(scores_BGRTS / softcap)
     scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)

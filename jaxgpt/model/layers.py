@@ -1,4 +1,4 @@
-"""The parts of a transformer block: projections, norms, rotary positions, attention, feed-forward.
+"""The parts of a transformer block: projections, norms, attention, feed-forward.
 
 Modules are dataclasses with initialisers: parameters are float32 `nnx.Param`s, made from a key, and every
 method is a pure function. Letters: B batch, T query length, S key length, D model width, H query heads,
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention
+from jaxgpt.model.rotary import Rotation, rotate
+from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, parameter_sharding, shard
 
 
@@ -38,6 +39,14 @@ def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """How long the axis of each letter is, in parameters."""
+    return dict(
+        L=config.n_layers, D=config.d_model, H=config.n_heads, G=config.kv_heads, K=config.key_dim,
+        F=config.ff_dim, E=config.n_experts, S=config.context_length, V=config.vocab_rows,
+    )  # fmt: skip
+
+
 class Projection(nnx.Module):
     """A linear map written as an einsum, such as `BTD,DHK->BTHK`: its letters give kernel, bias and sharding."""
 
@@ -45,7 +54,7 @@ class Projection(nnx.Module):
         self, equation: str, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool, residual: bool = False
     ) -> None:
         """`residual` marks a projection back into the residual stream: its std is divided by sqrt(2L), as in GPT-2."""
-        size = dict(D=config.d_model, H=config.n_heads, G=config.kv_heads, K=config.key_dim, F=config.ff_dim)
+        size = axis_sizes(config)
         self.equation = equation
         self.kernel_axes = equation.split("->")[0].split(",")[1]
         self.out_axes = equation.split("->")[1]
@@ -65,48 +74,34 @@ class Projection(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axis, computed in float32."""
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axes, computed in float32."""
 
-    def __init__(self, axes: str, width: int, kind: str, epsilon: float, bias: bool) -> None:
-        self.axes, self.kind, self.epsilon = axes, kind, epsilon
-        self.scale = constant(axes, (width,), 1.0)
-        self.bias = constant(axes, (width,), 0.0) if bias and kind == "layernorm" else None
+    def __init__(self, axes: str, config: ModelConfig, kind: str | None = None) -> None:
+        """`axes` are the letters of the axes that are normalised together, such as D."""
+        self.axes, self.kind, self.epsilon = axes, kind or config.norm, config.norm_epsilon
+        self.offset = 1.0 if config.norm_plus_one else 0.0
+        shape = tuple(axis_sizes(config)[axis] for axis in axes)
+        self.scale = constant(axes, shape, 1.0 - self.offset)
+        self.bias = constant(axes, shape, 0.0) if config.norm_bias and self.kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
+        over = tuple(range(-len(self.axes), 0))
         if self.kind == "layernorm":
-            wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        leading = tuple(range(x.ndim - 1))
-        wide = wide * jnp.expand_dims(weight(self.scale, self.axes, jnp.float32), leading)
+            wide = wide - wide.mean(over, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(over, keepdims=True) + self.epsilon)
+        leading = tuple(range(x.ndim - len(self.axes)))
+        wide = wide * (self.offset + jnp.expand_dims(weight(self.scale, self.axes, jnp.float32), leading))
         if self.bias is not None:
             wide = wide + jnp.expand_dims(weight(self.bias, self.axes, jnp.float32), leading)
         return wide.astype(x.dtype)
 
 
-Rotation = tuple[jax.Array, jax.Array]
-"""Cosines and sines [B, T, 1, K / 2]: how far the queries and keys of each position are turned."""
-
-
-def rotation_of(positions_BT: jax.Array, width: int, theta: float) -> Rotation:
-    """Cosines and sines of the angles position * theta^(-2i / width) (arXiv:2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotary positions: turn the pairs (x[i], x[i + K/2]), Llama's order, by the angles of their position."""
-    cos, sin = rotation
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHK.dtype)
-
-
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     """Fixed sine and cosine positions [B, T, width] (arXiv:1706.03762, section 3.5), sines first."""
-    cos, sin = rotation_of(positions_BT, width, 10_000.0)
-    return jnp.concatenate([sin, cos], axis=-1)[:, :, 0]
+    turns = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles_BTK = positions_BT[:, :, None].astype(jnp.float32) * turns[None, None]
+    return jnp.concatenate([jnp.sin(angles_BTK), jnp.cos(angles_BTK)], axis=-1)
 
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -117,15 +112,16 @@ class Attention(nnx.Module):
     """Causal multi-head, grouped-query or multi-query attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        bias = config.attention_bias
+        bias, output_bias = config.attention_bias, config.attention_output_bias
         self.query = Projection("BTD,DHK->BTHK", config, rngs, bias=bias)
         self.key = Projection("BTD,DGK->BTGK", config, rngs, bias=bias)
         self.value = Projection("BTD,DGK->BTGK", config, rngs, bias=bias)
-        self.output = Projection("BTHK,HKD->BTD", config, rngs, bias=bias, residual=True)
-        qk_norm = config.qk_norm
-        self.query_norm = Norm("K", config.key_dim, "rmsnorm", config.norm_epsilon, False) if qk_norm else None
-        self.key_norm = Norm("K", config.key_dim, "rmsnorm", config.norm_epsilon, False) if qk_norm else None
-        self.softcap = config.attention_softcap
+        output_bias = bias if output_bias is None else output_bias
+        self.output = Projection("BTHK,HKD->BTD", config, rngs, bias=output_bias, residual=True)
+        axes = {"none": None, "head": ("K", "K"), "all": ("HK", "GK")}[config.qk_norm]
+        self.query_norm = Norm(axes[0], config, "rmsnorm") if axes else None
+        self.key_norm = Norm(axes[1], config, "rmsnorm") if axes else None
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
 
     def __call__(
         self,
@@ -147,7 +143,7 @@ class Attention(nnx.Module):
             cache = (k_BSGK, v_BSGK)
         else:
             k_BSGK, v_BSGK = k_BTGK, v_BTGK
-        return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap)), cache
+        return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), cache
 
 
 class FeedForward(nnx.Module):
@@ -178,15 +174,17 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each with its norm, added to the residual stream."""
+    """Attention and feed-forward, each with its norms, added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        norm = (config.norm, config.norm_epsilon, config.norm_bias)
-        self.attention_norm = Norm("D", config.d_model, *norm)
+        self.norm_position = config.norm_position
+        after = config.norm_position == "both"
+        self.attention_norm = Norm("D", config)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = Norm("D", config.d_model, *norm)
+        self.attention_output_norm = Norm("D", config) if after else None
+        self.mlp_norm = Norm("D", config)
         self.mlp = FeedForward(config, rngs)
-        self.pre_norm = config.norm_position == "pre"
+        self.mlp_output_norm = Norm("D", config) if after else None
         self.dropout = config.dropout
 
     def __call__(
@@ -199,10 +197,21 @@ class Block(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        normed = self.attention_norm(x_BTD) if self.pre_norm else x_BTD
-        y_BTD, cache = self.attention(normed, mask_BTS, rotation, positions_BT, cache)
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[0])
-        x_BTD = x_BTD if self.pre_norm else self.attention_norm(x_BTD)
-        normed = self.mlp_norm(x_BTD) if self.pre_norm else x_BTD
-        x_BTD = x_BTD + dropout(self.mlp(normed), self.dropout, keys[1])
-        return x_BTD if self.pre_norm else self.mlp_norm(x_BTD), cache
+        y_BTD = self._before(self.attention_norm, x_BTD)
+        y_BTD, cache = self.attention(y_BTD, mask_BTS, rotation, positions_BT, cache)
+        x_BTD = self._add(x_BTD, y_BTD, self.attention_norm, self.attention_output_norm, keys[0])
+        y_BTD = self.mlp(self._before(self.mlp_norm, x_BTD))
+        return self._add(x_BTD, y_BTD, self.mlp_norm, self.mlp_output_norm, keys[1]), cache
+
+    def _before(self, norm: Norm, x_BTD: jax.Array) -> jax.Array:
+        return norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD
+
+    def _add(
+        self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm, output_norm: Norm | None, key: jax.Array | None
+    ) -> jax.Array:
+        if self.norm_position == "output":
+            y_BTD = norm(y_BTD)
+        elif output_norm is not None:
+            y_BTD = output_norm(y_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, key)
+        return norm(x_BTD) if self.norm_position == "post" else x_BTD

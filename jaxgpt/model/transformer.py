@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention_mask
-from jaxgpt.model.layers import Block, LayerCache, Norm, Rotation, dropout, normal, rotation_of, sinusoids, weight
-from jaxgpt.sharding import VOCAB_MULTIPLE, out_sharding, shard
+from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, sinusoids, weight
+from jaxgpt.model.rotary import Rotation, rotary_kinds, rotations_of
+from jaxgpt.model_config import ModelConfig
+from jaxgpt.sharding import out_sharding, shard
 
 
 class Cache(NamedTuple):
@@ -39,17 +40,16 @@ class Transformer(nnx.Module):
         self.config = config
         layers_key, rest_key = jax.random.split(key)
         rngs = nnx.Rngs(rest_key)
-        rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.token_embedding = normal(rngs, "VD", (rows, config.d_model), 0.02)
+        table = (config.vocab_rows, config.d_model)
+        self.token_embedding = normal(rngs, "VD", table, 0.02)
         learned, std = config.positions == "learned", 0.01 if config.init == "gpt2" else 0.02
         places = (config.context_length, config.d_model)
         self.position_embedding = normal(rngs, "SD", places, std) if learned else None
         self.layers: Block | tuple[Block, ...] = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(
             jax.random.split(layers_key, config.n_layers)
         )
-        norm = Norm("D", config.d_model, config.norm, config.norm_epsilon, config.norm_bias)
-        self.final_norm = norm if config.norm_position == "pre" else None
-        self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", (rows, config.d_model), 0.02)
+        self.final_norm = None if config.norm_position == "post" else Norm("D", config)
+        self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", table, 0.02)
 
     def __call__(
         self,
@@ -71,16 +71,25 @@ class Transformer(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
-        rotation = None
-        if self.config.positions == "rotary":
-            rotation = rotation_of(positions_BT, self.config.key_dim, self.config.rope_theta)
+        rotations, kinds = self._rotations(positions_BT, cache)
         if cache is None:
-            x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, rotation, keys[1])
+            x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, rotations, kinds, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
-            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, rotation, cache)
+            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, rotations, kinds, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
+
+    def _rotations(
+        self, positions_BT: jax.Array, cache: Cache | None
+    ) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
+        """The distinct rotations, and the number of the one that each layer uses."""
+        config = self.config
+        if config.positions != "rotary":
+            return (None,), (0,) * config.n_layers
+        tables, kinds = rotary_kinds(config, positions_BT.shape[1] if cache is None else cache.length)
+        factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
+        return rotations_of(positions_BT, tables, factor), kinds
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
@@ -101,14 +110,15 @@ class Transformer(nnx.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
-        rotation: Rotation | None,
+        rotations: tuple[Rotation | None, ...],
+        kinds: tuple[int, ...],
         key: jax.Array | None,
     ) -> jax.Array:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
         config = self.config
         segments = None if segments_BT is None else (segments_BT, segments_BT)
 
-        def run(x_BTD: jax.Array, layer: Block, window: Any, key: jax.Array | None) -> jax.Array:
+        def run(x_BTD: jax.Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> jax.Array:
             mask_BTS = attention_mask(positions_BT, positions_BT, segments, window)
             return layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)[0]
 
@@ -117,26 +127,35 @@ class Transformer(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
             for i, layer in enumerate(self._each_layer()):
-                x_BTD = run(x_BTD, layer, windows[i], None if keys is None else keys[i])
+                x_BTD = run(x_BTD, layer, windows[i], rotations[kinds[i]], None if keys is None else keys[i])
             return x_BTD
-        same = len(set(windows)) == 1  # then the window is a constant of the compiled layer
-        per_layer = (self.layers, None if same else jnp.array(windows), keys)
+        # What all layers share is a constant of the compiled layer.
+        window_L = None if len(set(windows)) == 1 else jnp.array(windows)
+        kind_L = None if len(rotations) == 1 else jnp.array(kinds)
+        stacked = None if kind_L is None else jax.tree.map(lambda *each: jnp.stack(each), *rotations)
 
         def step(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
-            layer, window, key = inputs
-            return run(x_BTD, layer, windows[0] if same else window, key), None
+            layer, window, kind, key = inputs
+            rotation = rotations[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked)
+            return run(x_BTD, layer, windows[0] if window is None else window, rotation, key), None
 
-        return jax.lax.scan(step, x_BTD, per_layer)[0]
+        return jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))[0]
 
     def _cached_layers(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, rotation: Rotation | None, cache: Cache
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        rotations: tuple[Rotation | None, ...],
+        kinds: tuple[int, ...],
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache.length, dtype=jnp.int32)[None]
         new = []
-        for layer, window, old in zip(self._each_layer(), self.config.layer_windows, cache.layers, strict=True):
+        windows = self.config.layer_windows
+        for layer, window, kind, old in zip(self._each_layer(), windows, kinds, cache.layers, strict=True):
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
-            x_BTD, layer_cache = layer(x_BTD, mask_BTS, rotation, positions_BT, old, None)
+            x_BTD, layer_cache = layer(x_BTD, mask_BTS, rotations[kind], positions_BT, old, None)
             assert layer_cache is not None
             new.append(layer_cache)
         return x_BTD, Cache(tuple(new))

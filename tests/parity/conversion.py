@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.transformer import VOCAB_MULTIPLE
+from jaxgpt.model_config import VOCAB_MULTIPLE
 
 Arrays = dict[str, np.ndarray]
 Table = dict[str, tuple[str, str, tuple[str, ...]]]

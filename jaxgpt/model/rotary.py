@@ -1,0 +1,75 @@
+"""Rotary positions (arXiv:2104.09864): each pair of a head's dimensions turns by position times its frequency.
+
+Layers may differ: a base for those with a window (Gemma 3), none at all (SmolLM3). Each distinct table of frequencies
+is a kind; a layer that does not rotate has frequencies of zero, so that one compiled layer serves all in a scan.
+Letters: B batch, T length, H heads, K head width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.model_config import ModelConfig
+
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosines and sines [B, T, 1, rotary_dim / 2]: how far the queries and keys of each position are turned."""
+
+
+def frequencies(config: ModelConfig, theta: float, scaling: str, length: int) -> np.ndarray:
+    """Radians per position, float32 [rotary_dim / 2], for texts of up to `length` tokens.
+
+    llama3 slows frequencies that turn less than `rope_low_frequency` times in the original context and blends up to
+    `rope_high_frequency` (arXiv:2407.21783, section 3.4.2); longrope divides each by a factor of its own
+    (arXiv:2402.13753), for the whole text at once: all of it is shorter or longer than the original context.
+    """
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / config.rotary_dim
+    turns: np.ndarray = (1 / np.float32(theta) ** exponents).astype(np.float32)
+    match scaling:
+        case "linear":
+            turns = turns / np.float32(config.rope_factor)
+        case "llama3":
+            low, high = config.rope_low_frequency, config.rope_high_frequency
+            in_context = config.rope_original_context * turns / np.float32(2 * math.pi)
+            keep = np.clip((in_context - low) / (high - low), 0, 1)
+            turns = turns * (keep + (1 - keep) / config.rope_factor)
+        case "longrope":
+            longer = length > config.rope_original_context
+            turns = turns / np.array(config.rope_long_factors if longer else config.rope_short_factors, np.float32)
+    return turns.astype(np.float32)
+
+
+def rotary_kinds(config: ModelConfig, length: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The distinct tables of frequencies [kinds, rotary_dim / 2], and which one each layer uses."""
+    tables: list[np.ndarray] = []
+    layers = []
+    for rotates, window in zip(config.layers_rotate, config.layer_windows, strict=True):
+        local = window and config.local_rope_theta is not None
+        theta, scaling = (config.local_rope_theta, "none") if local else (config.rope_theta, config.rope_scaling)
+        table = frequencies(config, theta or 1.0, scaling, length) * np.float32(rotates)
+        same = [i for i, known in enumerate(tables) if np.array_equal(known, table)]
+        if not same:
+            tables.append(table)
+        layers.append(same[0] if same else len(tables) - 1)
+    return np.stack(tables), tuple(layers)
+
+
+def rotations_of(positions_BT: jax.Array, tables: np.ndarray, factor: float) -> tuple[Rotation, ...]:
+    """The rotation of each kind; `factor` multiplies cosines and sines (longrope's attention factor)."""
+
+    def rotation(table: np.ndarray) -> Rotation:
+        angles = positions_BT[:, :, None, None].astype(jnp.float32) * table[None, None, None]
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+    return tuple(rotation(table) for table in tables)
+
+
+def rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turn the pairs (x[i], x[i + n/2]) of the first n = rotary_dim dimensions, Llama's order."""
+    cos, sin = rotation
+    width = 2 * cos.shape[-1]
+    turned, rest = x_BTHK[..., :width], x_BTHK[..., width:]
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
