@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -21,10 +21,13 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.errors import ConfigError, nearest, run_command
+from jaxgpt.errors import ConfigError, JaxgptError, nearest, run_command
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 from jaxgpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxgpt.interop.load import LoadedModel
 
 Options = TypeVar("Options")
 
@@ -76,35 +79,51 @@ def train(arguments: list[str], program: str = "train.py") -> None:
 
 
 @dataclass(frozen=True)
+class ComputeOptions:
+    """Where and how precisely a model runs."""
+
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    """Devices to spread the model over."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of a model that was not trained here. Default: float32."""
+
+
+@contextlib.contextmanager
+def loaded(path: Path, compute: ComputeOptions, step: int | None = None) -> "Iterator[LoadedModel]":
+    """The model at `path`, on a mesh that is set meanwhile. Raises what `load_model` raises."""
+    import jax
+
+    from jaxgpt.interop.load import load_model, model_config
+    from jaxgpt.sharding import check_divides, make_mesh
+
+    mesh = make_mesh(compute.mesh, jax.devices()[: compute.mesh.size])
+    check_divides(mesh, model_config(path))
+    with jax.set_mesh(mesh):
+        yield load_model(path, step=step, dtype=compute.dtype)
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
-    """Generate text from a run directory."""
+    """Generate text with any model."""
 
     checkpoint: str
-    """Run directory of train.py."""
+    """Run directory of train.py, directory of a Hugging Face model, or .gguf file."""
     prompt: str = ""
     """Text to continue."""
     step: int | None = None
-    """Checkpoint to use. Default: the newest intact one."""
+    """Checkpoint of a run to use. Default: the newest intact one."""
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
-    """Devices to spread the model over."""
+    compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
 
 
 def generate(arguments: list[str], program: str = "generate.py") -> None:
     """Continue a prompt with the model of a run."""
     options = parse(arguments, GenerateOptions, program)
-    import jax
-
     from jaxgpt.generation.engine import Engine
-    from jaxgpt.run import read_config
-    from jaxgpt.sharding import check_divides, make_mesh
 
-    run_dir, samples = Path(options.checkpoint), options.sampling.num_samples
-    model = read_config(run_dir).model
-    mesh = make_mesh(options.mesh, jax.devices()[: options.mesh.size])
-    check_divides(mesh, model)
-    with jax.set_mesh(mesh):
-        engine = Engine.load(run_dir, options.step)
+    samples = options.sampling.num_samples
+    with loaded(Path(options.checkpoint), options.compute, options.step) as trained:
+        engine = Engine(trained.model, trained.tokenizer)
         if 0 < (room := engine.room(options.prompt)) < options.sampling.max_new_tokens:
             print(f"jaxgpt: {room} tokens of the context are left, so it ends there at the latest", file=sys.stderr)
         pieces = engine.stream(options.prompt, options.sampling)
@@ -123,6 +142,14 @@ def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int)
     print()
     for sample, text in enumerate(later[1:], 2):
         print(f"--- sample {sample}\n{prompt}{text}")
+
+
+def print_table(table: Table) -> None:
+    """Print a table, without the control sequences and colours that only some terminals show."""
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get(), end="")
 
 
 @dataclass(frozen=True)
@@ -145,11 +172,9 @@ def tokenize(arguments: list[str], program: str = "jaxgpt tokenize") -> None:
     table = Table("piece", "id", "bytes", box=None, pad_edge=False)
     for piece, token, raw in rows:
         table.add_row(Text(repr(piece)[1:-1]), str(token), raw.hex(" "))
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(table)
+    print_table(table)
     size = len(text.encode())
-    print(f"{captured.get()}{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
+    print(f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
 
 
 def prepare(arguments: list[str], program: str = "jaxgpt data prepare") -> None:
@@ -163,9 +188,74 @@ def prepare(arguments: list[str], program: str = "jaxgpt data prepare") -> None:
         print(corpus.directory)
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Write a model in another format."""
+
+    source: Positional[str]
+    """Run directory, directory of a Hugging Face model, or .gguf file."""
+    target: Positional[str]
+    """What is written: a directory, or a file for gguf. It must not exist."""
+    to: Literal["jaxgpt", "hf", "gguf"]
+    """Format of the target."""
+    dtype: Literal["float32", "bfloat16", "q8_0"] = "float32"
+    """Numbers of the target's matrices; q8_0 (8 bits and a scale for each 32) only in gguf."""
+    check: bool = False
+    """Run both on a prompt and report how far they are apart."""
+
+
+def convert(arguments: list[str], program: str = "jaxgpt convert") -> None:
+    """Write a model in another format, and prove that it is the same."""
+    options = parse(arguments, ConvertOptions, program)
+    import jax
+
+    from jaxgpt.interop.convert import compare
+    from jaxgpt.interop.convert import convert as run
+    from jaxgpt.sharding import make_mesh
+
+    source, target = Path(options.source), Path(options.target)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+        run(source, target, options.to, options.dtype)
+        print(f"wrote {target}")
+        if options.check:
+            print(compare(source, target))
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Check that every path computes the same on this device."""
+
+    model: Positional[str]
+    """Run directory, directory of a Hugging Face model, or .gguf file."""
+    compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
+
+
+def verify(arguments: list[str], program: str = "jaxgpt verify") -> None:
+    """Check a model on this device: cached against full, batched against alone, no leaks."""
+    options = parse(arguments, VerifyOptions, program)
+    import jax
+
+    from jaxgpt.interop.verify import verify as run
+
+    with loaded(Path(options.model), options.compute) as trained:
+        checks = run(trained.model)
+        device = jax.devices()[0].device_kind
+    table = Table("check", "worst difference", "limit", "", box=None, pad_edge=False)
+    for check in checks:
+        table.add_row(check.name, f"{check.difference:.1e}", f"{check.limit:.0e}", "ok" if check.passed else "FAILED")
+    print_table(table)
+    failed = sum(not check.passed for check in checks)
+    summary = f"{options.model}, attention xla, {trained.config.dtype} on {device}"
+    if failed:
+        raise JaxgptError(f"verify {summary}: {failed} of {len(checks)} checks failed; report this with the table")
+    print(f"{summary}: all {len(checks)} checks hold")
+
+
 VERBS: dict[str, Callable[[list[str], str], None]] = {
     "train": train,
     "generate": generate,
+    "convert": convert,
+    "verify": verify,
     "tokenize": tokenize,
     "data prepare": prepare,
 }

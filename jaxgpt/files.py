@@ -1,7 +1,11 @@
 """Writing files so that a reader, a kill or a power failure sees all of one or nothing of it."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from jaxgpt.errors import BadFileError
 
 
 def sync(path: Path) -> None:
@@ -26,3 +30,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises BadFileError when it is missing, too large, no JSON object, holds NaN, or names a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
+        value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadFileError(f"{path}: there is no such file; name a directory that has it") from None
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is not valid JSON: {error}; restore the file") from None
+    if not isinstance(value, dict):
+        raise BadFileError(f"{path} is not a JSON object; restore the file")
+    return value

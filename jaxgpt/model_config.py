@@ -114,8 +114,8 @@ class ModelConfig(Section):
     """Multiply by 1 + scale, as in Gemma, so that a scale decays towards 1."""
     qk_norm: Literal["none", "head", "all"] = "none"
     """RMS-normalise queries and keys: each head alone, or all heads together."""
-    attention_scale: float | None = None
-    """Multiplies attention scores. Default: 1 / sqrt(head_dim)."""
+    query_scalar: float | None = None
+    """Attention scores are divided by its square root. Default: head_dim."""
     attention_softcap: float | None = None
     """c * tanh(scores / c) on attention scores."""
     logit_softcap: float | None = None
@@ -144,7 +144,7 @@ class ModelConfig(Section):
         self.within(1, math.inf, "context_length", "vocab_size", "rope_theta", "local_rope_theta")
         self.within(1, math.inf, "rope_original_context", "experts_per_token")
         self.within(1e-6, math.inf, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
-        self.within(1e-6, math.inf, "attention_scale", "rope_factor")
+        self.within(1e-6, math.inf, "query_scalar", "rope_factor")
         self.within(0, 2**16, "n_experts")
         self.within(0, 1, "rope_fraction")
         self.within(0, 0.999, "dropout")

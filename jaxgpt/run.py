@@ -66,10 +66,10 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     return dataclasses.replace(config, model=model)
 
 
-def write_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
+def write_run(config: TrainConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
     """Put the configuration and the tokenizer into the run directory."""
-    tokenizer.save(config.run_path / "tokenizer.model")
-    write_atomically(config.run_path / "config.json", to_json(config).encode())
+    tokenizer.save(run_dir / "tokenizer.model")
+    write_atomically(run_dir / "config.json", to_json(config).encode())
 
 
 @dataclass(frozen=True)

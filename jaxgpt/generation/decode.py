@@ -36,7 +36,8 @@ class Settings(NamedTuple):
 
     ends_B: jax.Array
     """Length at which each row is complete."""
-    eos_id: jax.Array
+    end_ids: jax.Array
+    """Tokens that end a text."""
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
@@ -73,7 +74,7 @@ def decode(model: Transformer, state: DecodeState, settings: Settings, steps: in
         appended_BS, token_B = jax.vmap(append)(tokens_BS, lengths_B, keys_B, model.logits(x_B1D)[:, 0])
         tokens_BS = jnp.where(done_B[:, None], tokens_BS, appended_BS)
         lengths_B = lengths_B + ~done_B
-        done_B = done_B | (token_B == settings.eos_id) | (lengths_B >= settings.ends_B)
+        done_B = done_B | (token_B[:, None] == settings.end_ids[None]).any(-1) | (lengths_B >= settings.ends_B)
         return count + 1, DecodeState(new_cache, tokens_BS, lengths_B, done_B, keys_B)
 
     def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -14,7 +13,6 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Settings, decode, start
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.run import load_run
 from jaxgpt.sharding import batch_parts, spec
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -41,16 +39,13 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
         self._config = model.config
         self._tokenizer = tokenizer
-        self._model = _for_decoding(model)
+        self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
 
-    @classmethod
-    def load(cls, run_dir: Path, step: int | None = None) -> "Engine":
-        """The model of a run directory; raises what `load_run` raises."""
-        trained = load_run(run_dir, step)
-        return cls(trained.model, trained.tokenizer)
+    def generate(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[Completion]:
+        """`params.num_samples` completions of each prompt (a text, or its ids), prompt after prompt.
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Completion]:
-        """`params.num_samples` completions of each prompt, prompt after prompt. Raises ConfigError as `stream` does."""
+        Raises ConfigError as `stream` does.
+        """
         ids = [self._prompt_ids(prompt, params) for prompt in prompts]
         if not ids:
             return []
@@ -58,7 +53,7 @@ class Engine:
         lengths = [len(prompt) for prompt in ids for _ in range(params.num_samples)]
         return [self._completion(row, length) for row, length in zip(texts, lengths, strict=True)]
 
-    def stream(self, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:
+    def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
 
         Raises ConfigError for a prompt that leaves no room in the context, or a top_k above the vocabulary.
@@ -77,13 +72,18 @@ class Engine:
             if text := decoder.flush():
                 yield sample, text
 
-    def room(self, prompt: str) -> int:
+    def room(self, prompt: str | list[int]) -> int:
         """Tokens that fit into the context after a prompt."""
-        return self._config.context_length - 1 - len(self._tokenizer.encode(prompt))
+        return self._config.context_length - len(self._ids(prompt))
 
-    def _prompt_ids(self, prompt: str, params: SamplingParams) -> list[int]:
-        ids = self._tokenizer.encode(prompt, bos=True)
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
+
+    def _prompt_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        ids = self._ids(prompt)
         context = self._config.context_length
+        if not ids:
+            raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
         if params.top_k > self._tokenizer.vocab_size:
@@ -105,7 +105,7 @@ class Engine:
         keys_B = jax.vmap(lambda sample: jax.random.fold_in(key, sample))(jnp.array([sample for _, sample in rows]))
         prompts_BP, lengths_B, ends_B = jax.device_put((prompts_BP, lengths, ends), (spec("BS"), spec("B"), spec("B")))
         scalars = jnp.float32(params.temperature), jnp.int32(params.top_k), jnp.float32(params.top_p)
-        settings = Settings(ends_B, jnp.int32(self._tokenizer.eos_id), *scalars)
+        settings = Settings(ends_B, jnp.array(self._tokenizer.end_ids, jnp.int32), *scalars)
         state = start(self._model, prompts_BP, lengths_B, jax.device_put(keys_B, spec("B")), slots)
         done = False
         while not done:
@@ -116,12 +116,12 @@ class Engine:
 
     def _completion(self, row: list[int], prompt_tokens: int) -> Completion:
         ids = row[prompt_tokens:]
-        ended = ids[-1] == self._tokenizer.eos_id
+        ended = ids[-1] in self._tokenizer.end_ids
         return Completion(self._tokenizer.decode(ids), ids, "stop" if ended else "length", prompt_tokens)
 
 
 @jax.jit
-def _for_decoding(model: Transformer) -> Transformer:
+def for_decoding(model: Transformer) -> Transformer:
     """A copy with a tuple of layers, matrices and tables in the compute dtype: the same results for half the bytes."""
     dtype = jnp.dtype(model.config.dtype)
     used_so = ("kernel", "embedding")  # norms and biases are used in float32

@@ -121,7 +121,8 @@ class Attention(nnx.Module):
         axes = {"none": None, "head": ("K", "K"), "all": ("HK", "GK")}[config.qk_norm]
         self.query_norm = Norm(axes[0], config, "rmsnorm") if axes else None
         self.key_norm = Norm(axes[1], config, "rmsnorm") if axes else None
-        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.softcap = config.attention_softcap
+        self.scale = None if config.query_scalar is None else config.query_scalar**-0.5
 
     def __call__(
         self,

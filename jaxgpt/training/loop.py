@@ -117,7 +117,8 @@ class Trainer:
             self.log = MetricsLog(self.config, start) if primary else None
             if self.log:
                 stack.callback(self.log.close)
-                write_run(self.config, self.tokenizer)  # not before: a run that refuses these must keep its own
+                # Not before: a run that refuses these must keep its own.
+                write_run(self.config, self.tokenizer, self.config.run_path)
             stack.enter_context(self.stop.listening())
             self.announce(state, start)
             state = self.steps(state, start)

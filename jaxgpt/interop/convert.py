@@ -1,0 +1,142 @@
+"""Models from one format to another, and the proof that they are the same.
+
+A target appears whole or not at all: it is written beside and renamed when it is complete.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import CheckpointConfig, TrainConfig, TrainingConfig
+from jaxgpt.errors import ConfigError, JaxgptError
+from jaxgpt.files import sync, write_atomically
+from jaxgpt.interop.configs import write_config, write_gguf_config
+from jaxgpt.interop.gguf import write_gguf
+from jaxgpt.interop.load import load_model
+from jaxgpt.interop.safetensors_dir import write_safetensors
+from jaxgpt.interop.vocabulary import gguf_metadata, write_tokenizer
+from jaxgpt.interop.weights import Layout, stored_tensors
+from jaxgpt.model import Transformer
+from jaxgpt.run import TrainedModel, write_run
+
+Format = Literal["jaxgpt", "hf", "gguf"]
+Precision = Literal["float32", "bfloat16", "q8_0"]
+_KIND = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
+_Q8_BLOCK = 32
+_PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 5, 8, 13: def f(x):\n    return x + 1\n"
+
+
+def convert(source: Path, target: Path, to: Format, dtype: Precision) -> None:
+    """Write the model at `source` (any that `load_model` takes) to `target` in another format.
+
+    Raises ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source.
+    """
+    if target.exists():
+        raise ConfigError(f"convert: {target} exists; remove it or choose another name")
+    if dtype == "q8_0" and to != "gguf":
+        raise ConfigError(f"convert: q8_0 exists only in gguf, not in {to}; use --dtype bfloat16")
+    if dtype == "bfloat16" and to == "jaxgpt":
+        raise ConfigError("convert: a run directory holds float32 parameters; leave --dtype out")
+    trained = load_model(source, for_training=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    _remove(partial)
+    try:
+        {"jaxgpt": _write_run, "hf": _write_hf, "gguf": _write_gguf}[to](trained, partial, dtype)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
+    chunks = next(chunks for chunks in (8, 4, 2, 1) if trained.config.context_length % chunks == 0)
+    config = TrainConfig(run_dir=str(directory), model=trained.config, training=TrainingConfig(loss_chunks=chunks))
+    metadata = {"seed": 0, "tokenizer_sha256": trained.tokenizer.sha256, "data": []}
+    with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+        checkpoints.save(0, trained.model, {}, metadata)
+    write_run(config, trained.tokenizer, directory)
+
+
+def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
+    family, hf = write_config(trained.config, trained.family)
+    tokenizer = trained.tokenizer
+    hf |= {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_id}
+    hf |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    directory.mkdir()
+    tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=False))
+    write_safetensors(directory, ((name, shape, _KIND[dtype], read) for name, shape, read in tensors))
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
+    for name, content in (("config.json", hf), ("generation_config.json", generation)):
+        write_atomically(directory / name, json.dumps(content, indent=2).encode() + b"\n")
+    write_tokenizer(tokenizer, directory)
+
+
+def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
+    family, metadata, positions = write_gguf_config(trained.config, trained.family)
+    metadata |= gguf_metadata(trained.tokenizer, trained.config.vocab_size or 0)
+    kept: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
+        for name, array in positions.items():
+            yield name, array.shape, "F32", lambda array=array: array
+        for name, shape, read in stored_tensors(trained.model, Layout(family, trained.config, gguf=True)):
+            kind = _KIND[dtype] if len(shape) > 1 else "F32"  # as every reader of the format expects norms
+            if kind == "Q8_0" and shape[-1] % _Q8_BLOCK:
+                kept.append(name)
+                kind = "BF16"
+            yield name, shape, kind, read
+
+    write_gguf(path, metadata, tensors())
+    if kept:
+        print(
+            f"jaxgpt: {len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no 32", file=sys.stderr
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How near two models are on one prompt."""
+
+    max_logit_difference: float
+    kl: float
+    """Mean Kullback-Leibler divergence of the second's next-token distributions from the first's, in nats."""
+    top1: float
+    """Share of positions where both find the same token most probable."""
+
+
+def compare(source: Path, target: Path) -> Agreement:
+    """Run both on a prompt, one after the other. Raises JaxgptError when their tokenizers cut it differently."""
+    first, second = load_model(source), load_model(target)
+    ids = first.tokenizer.encode(_PROMPT, bos=True)
+    if second.tokenizer.encode(_PROMPT, bos=True) != ids:
+        raise JaxgptError(
+            f"convert: the tokenizers of {source} and {target} cut the same text differently; report this"
+        )
+    a, b = (_log_probabilities(each.model, ids[: first.config.context_length]) for each in (first, second))
+    divergence = (np.exp(a[1]) * (a[1] - b[1])).sum(-1).mean()
+    same = (a[0].argmax(-1) == b[0].argmax(-1)).mean()
+    return Agreement(float(np.abs(a[0] - b[0]).max()), float(divergence), float(same))
+
+
+def _log_probabilities(model: Transformer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    forward = jax.jit(lambda model, tokens_BT: model.logits(model(tokens_BT)[0])[0])
+    logits = forward(model, jnp.array([ids], jnp.int32))
+    return np.asarray(logits, np.float64), np.asarray(jax.nn.log_softmax(logits), np.float64)
