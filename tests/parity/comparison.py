@@ -17,13 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import conversion
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
+from jaxgpt.interop.configs import family_of
+from jaxgpt.interop.stored import StoredTensor
+from jaxgpt.interop.weights import Layout, load_parameters, stored_tensors
 from jaxgpt.kernels.cross_entropy import LossOptions
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import shard
@@ -37,6 +39,7 @@ MAX_LOSS_DIFFERENCE = 1e-4
 REFERENCE = Path(__file__).parent / "reference"
 STEPS, ROWS = 20, 4
 Reference = Mapping[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def recorded(case: Case) -> Reference:
         return dict(file)
 
 
-def under(prefix: str, reference: Reference) -> conversion.Arrays:
+def under(prefix: str, reference: Reference) -> Arrays:
     """`under("weights/", reference)`: the arrays below a name."""
     return {name.removeprefix(prefix): array for name, array in reference.items() if name.startswith(prefix)}
 
@@ -105,21 +108,25 @@ def batch_of(kind: str, reference: Reference) -> Batch:
     return on_mesh(Batch(*(reference[f"{kind}/{field}"] for field in Batch._fields)))
 
 
+def layout(case: Case) -> Layout:
+    return Layout(family_of("gpt2" if case.model.positions == "learned" else "llama", "reference"), case.model, False)
+
+
 def load(case: Case, reference: Reference, padding: float = 0.0) -> Transformer:
     """The reference's model in jaxgpt, on the mesh, with `padding` added to the vocabulary's padding rows."""
-    parameters = conversion.to_jaxgpt(under("weights/", reference), case.model)
+    weights = under("weights/", reference)
+    tensors = {name: StoredTensor(array.shape, "F32", lambda array=array: array) for name, array in weights.items()}
     skeleton = jax.eval_shape(lambda: Transformer(case.model, jax.random.key(0)))
+    model = load_parameters(skeleton, layout(case), tensors, "reference")
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = parameters.pop(parameter_name(path))
-        assert array.shape == leaf.shape and array.dtype == leaf.dtype
-        if parameter_name(path) in ("token_embedding", "unembedding"):
-            array[case.model.vocab_size :] += padding
-        return jax.sharding.reshard(jnp.asarray(array), leaf.sharding.spec)
+    def pad(path: tuple, leaf: jax.Array) -> jax.Array:
+        if parameter_name(path) not in ("token_embedding", "unembedding"):
+            return leaf
+        array = np.array(leaf)
+        array[case.model.vocab_size :] += padding
+        return jax.device_put(array, leaf.sharding)
 
-    model = jax.tree_util.tree_map_with_path(fill, skeleton)
-    assert not parameters, f"jaxgpt has no {list(parameters)}"
-    return model
+    return jax.tree_util.tree_map_with_path(pad, model)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -132,7 +139,7 @@ def evaluate(model: Transformer, batch: Batch, options: LossOptions) -> tuple[ja
     return model.logits(hidden_BTD), loss, gradients
 
 
-def by_name(model: Transformer) -> conversion.Arrays:
+def by_name(model: Transformer) -> Arrays:
     """The parameters, or gradients, by jaxgpt's names."""
     return {parameter_name(path): np.asarray(p) for path, p in jax.tree_util.tree_leaves_with_path(model)}
 
@@ -142,7 +149,8 @@ def assert_logits_and_gradients(case: Case, reference: Reference, kind: str) -> 
     logits, loss, gradients = evaluate(load(case, reference), batch_of(kind, reference), case.options)
     assert np.abs(logits - reference[f"{kind}/logits"]).max() <= MAX_LOGIT_DIFFERENCE
     assert abs(loss - reference[f"{kind}/loss"]) <= MAX_LOSS_DIFFERENCE
-    ours, theirs = conversion.to_transformers(by_name(gradients), case.model), under(f"{kind}/gradients/", reference)
+    ours = {name: read() for name, _, read in stored_tensors(gradients, layout(case))}
+    theirs = under(f"{kind}/gradients/", reference)
     assert ours.keys() == theirs.keys()
     assert all(np.abs(b).max() > 1e-4 for b in theirs.values()), "a gradient that is nothing but rounding"
     differences = {name: np.abs(ours[name] - b).max() / np.abs(b).max() for name, b in theirs.items()}
