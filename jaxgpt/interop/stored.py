@@ -16,3 +16,11 @@ class StoredTensor:
     kind: str
     """The type in the file: F32, F16, BF16, Q4_K ..."""
     read: Callable[[], np.ndarray]
+
+
+def aligned(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """Zeros at a multiple of 64 bytes: JAX takes such an array over on a CPU, and copies any other."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.interop.families import Family, Row
-from jaxgpt.interop.stored import StoredTensor
+from jaxgpt.interop.stored import StoredTensor, aligned
 from jaxgpt.model import Transformer, axis_sizes, parameter_name
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import place_shapes
@@ -165,12 +165,13 @@ def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTens
         layer = re.match(r"layers\.(\d+)\.", name)
         row, rows = rows_of[bare]
         layers = [int(layer[1])] if layer else list(range(layout.config.n_layers)) if bare != name else [None]
-        array = np.empty(leaf.shape, leaf.dtype)
-        for i, number in enumerate(layers):
-            target = array if len(leaf.shape) == len(row.axes) else array[i]
-            value = layout.read(tensors, row, rows, number)
-            target[: len(value)] = value
-            target[len(value) :] = 0  # rows that round the vocabulary up
+        array = layout.read(tensors, row, rows, layers[0])
+        if array.shape != leaf.shape or not array.flags.c_contiguous or array.dtype != leaf.dtype:
+            first, array = array, aligned(leaf.shape, leaf.dtype)  # rows that round the vocabulary up stay 0
+            for i, number in enumerate(layers):
+                value = layout.read(tensors, row, rows, number) if i else first
+                target = array if number is None or layer else array[i]
+                target[: len(value)] = value
         if not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise BadFileError(f"{where}: parameter {name} is not finite; restore the file")
         return jax.device_put(array, leaf.sharding)
