@@ -24,7 +24,6 @@ from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, run_command
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
-from jaxgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jaxgpt.interop.load import LoadedModel
@@ -166,7 +165,9 @@ def tokenize(arguments: list[str], program: str = "jaxgpt tokenize") -> None:
     """Show the pieces, ids and bytes of a text."""
     options = parse(arguments, TokenizeOptions, program)
     path = Path(options.tokenizer)
-    tokenizer = Tokenizer.load(path / "tokenizer.model" if path.is_dir() else path)
+    from jaxgpt.interop.vocabulary import open_tokenizer
+
+    tokenizer = open_tokenizer(path)
     text = sys.stdin.buffer.read().decode(errors="surrogateescape") if options.text == "-" else options.text
     rows = tokenizer.rows(text)
     table = Table("piece", "id", "bytes", box=None, pad_edge=False)

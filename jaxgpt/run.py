@@ -1,7 +1,7 @@
 """A run directory: everything about one run, and all that generation needs.
 
 config.json       the resolved configuration
-tokenizer.model   the SentencePiece model
+tokenizer.model   the SentencePiece model (or tokenizer.json), and tokenizer_config.json, what begins and ends a text
 checkpoints/      steps, see checkpoint.py
 metrics.jsonl     one record a line; tensorboard/ holds the same
 LOCK              held by the process that trains
@@ -19,7 +19,7 @@ from jaxgpt.errors import BadFileError, ConfigError, nearest
 from jaxgpt.files import write_atomically
 from jaxgpt.model import Transformer
 from jaxgpt.presets import differences, flatten, from_json, to_json
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_DIFFER = (
     "name", "run_dir", "allow_change", "mesh.", "checkpoint.", "data.cache_dir", "model.scan_layers", "model.remat",
@@ -68,7 +68,7 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 def write_run(config: TrainConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
     """Put the configuration and the tokenizer into the run directory."""
-    tokenizer.save(run_dir / "tokenizer.model")
+    tokenizer.write(run_dir)
     write_atomically(run_dir / "config.json", to_json(config).encode())
 
 
@@ -87,9 +87,9 @@ def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:
     Raises BadFileError when the directory is no run, is damaged or holds no checkpoint.
     """
     config = read_config(run_dir).model
-    tokenizer = Tokenizer.load(run_dir / "tokenizer.model")
+    tokenizer = load_tokenizer(run_dir)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
     _, model, metadata = restore_model(run_dir, abstract, step)
     if metadata["tokenizer_sha256"] != tokenizer.sha256:
-        raise BadFileError(f"tokenizer {run_dir / 'tokenizer.model'}: it is not the one of the training; restore it")
+        raise BadFileError(f"tokenizer {run_dir / tokenizer.file_name}: it is not the one of the training; restore it")
     return TrainedModel(config, tokenizer, model)

@@ -23,7 +23,7 @@ from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import from_json, to_json
 from jaxgpt.run import read_config
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,7 @@ def rows(text: str) -> list[tuple[str, int, bytes]]:
 
 
 def test_tokenize_shows_pieces_ids_and_bytes(command: Callable[..., Any], finished: Path) -> None:
-    text, tokenizer = "def f(x):\n\treturn 'naïve' <|user|></s>", Tokenizer.load(finished / "tokenizer.model")
+    text, tokenizer = "def f(x):\n\treturn 'naïve' <|user|></s>", load_tokenizer(finished / "tokenizer.model")
     outcome = command("jaxgpt", "tokenize", text, "--tokenizer", str(finished))
     assert (outcome.status, outcome.err) == (0, "")
     shown = rows(outcome.out)
@@ -267,7 +267,7 @@ def test_data_prepare_prints_where_and_reuses_it(
     assert first.out == second.out and first.out.count("\n") == 1
     directory = Path(first.out.strip())
     assert directory.parent == tmp_path / "cache/data"
-    corpus = open_prepared(directory, Tokenizer.load(directory / "tokenizer.model"))
+    corpus = open_prepared(directory, load_tokenizer(directory / "tokenizer.model"))
     assert len(corpus.train) > 100_000 and corpus.vocab_size == 500
     assert "jaxgpt: tokenizer: training bpe with 500 pieces\n" in first.err and "reusing" not in first.err
     assert second.err == f"jaxgpt: data {text_dir}: reusing {directory}\n"

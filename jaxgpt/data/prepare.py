@@ -36,7 +36,7 @@ from jaxgpt.data.shards import (
 )
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import write_atomically
-from jaxgpt.tokenizer import Tokenizer, train_tokenizer
+from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 
 BATCH_CHARACTERS = 4 * 2**20  # text that is encoded at once, over all threads
 REPORT_SECONDS = 5.0
@@ -82,7 +82,7 @@ def _cache_dir(data: DataConfig) -> Path:
 
 
 def _is_prepared(path: str) -> bool:
-    return all(Path(path, name).exists() for name in ("meta.json", "tokenizer.model"))
+    return Path(path, "meta.json").exists() and any(Path(path, name).exists() for name in TOKENIZER_FILES)
 
 
 def _is_tokenized(path: str) -> bool:
@@ -94,12 +94,12 @@ def _choose_tokenizer(
 ) -> Tokenizer:
     """The configured tokenizer, else the one that the first tokenized path brings, else one trained on the text."""
     if config.path:
-        return Tokenizer.load(config.path)
+        return load_tokenizer(config.path)
     if opened:
         beside = Path(opened[0]) if os.path.isdir(opened[0]) else Path(opened[0]).parent
-        if not (beside / "tokenizer.model").exists():
+        if not any((beside / name).exists() for name in TOKENIZER_FILES):
             raise ConfigError(f"data {opened[0]}: there is no tokenizer.model beside the tokens; set tokenizer.path")
-        return Tokenizer.load(beside / "tokenizer.model")
+        return load_tokenizer(beside)
     key = _key([corpus.digest for corpus in corpora], asdict(config))
     path = cache_dir / "tokenizers" / f"{key}.model"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _choose_tokenizer(
         for corpus in corpora:
             corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
         trained.save(path)
-    return Tokenizer.load(path)
+    return load_tokenizer(path)
 
 
 def _sample(texts: Iterable[str], total: int, limit: int) -> Iterator[str]:
@@ -245,7 +245,7 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Re
         for leftover in directory.glob("*.tmp"):  # of a killed run; the lock says that nobody writes them
             leftover.unlink()
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        tokenizer.save(directory / "tokenizer.model")
+        tokenizer.write(directory)
         splits = {split: _write_split(directory, split, text, tokenizer, dtype, report) for split in ("train", "val")}
         try:
             text.refuse_changes()

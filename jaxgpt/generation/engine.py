@@ -84,6 +84,8 @@ class Engine:
         context = self._config.context_length
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
+        if max(ids) >= (self._config.vocab_size or 0):
+            raise ConfigError(f"prompt: token {max(ids)} has no embedding in this model; leave it out")
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
         if params.top_k > self._tokenizer.vocab_size:
@@ -117,7 +119,8 @@ class Engine:
     def _completion(self, row: list[int], prompt_tokens: int) -> Completion:
         ids = row[prompt_tokens:]
         ended = ids[-1] in self._tokenizer.end_ids
-        return Completion(self._tokenizer.decode(ids), ids, "stop" if ended else "length", prompt_tokens)
+        text = self._tokenizer.decode_bytes(ids).decode("utf-8", "replace")  # which goes on, so not `decode`
+        return Completion(text, ids, "stop" if ended else "length", prompt_tokens)
 
 
 @jax.jit

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,12 +15,13 @@ from jaxgpt.interop.families import Family
 from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.interop.safetensors_dir import read_safetensors
 from jaxgpt.interop.stored import StoredTensor
-from jaxgpt.interop.vocabulary import load_tokenizer
+from jaxgpt.interop.vocabulary import open_tokenizer
 from jaxgpt.interop.weights import Layout, check_tensors, load_parameters
 from jaxgpt.model import Transformer
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.run import TrainedModel, load_run
 
+Dtype = Literal["float32", "bfloat16"]
 _POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
@@ -33,7 +34,7 @@ class LoadedModel(TrainedModel):
 
 
 def load_model(
-    path: Path, *, step: int | None = None, dtype: str | None = None, for_training: bool = False
+    path: Path, *, step: int | None = None, dtype: Dtype | None = None, for_training: bool = False
 ) -> LoadedModel:
     """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`.
 
@@ -45,17 +46,16 @@ def load_model(
         trained = load_run(path, step)
         model = trained.model if for_training else for_decoding(trained.model)
         return LoadedModel(trained.config, trained.tokenizer, model, None)
-    tokenizer = load_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     family, model = load_weights(path, dtype=dtype, for_training=for_training)
-    if tokenizer.vocab_size > model.config.vocab_rows:
-        raise BadFileError(
-            f"model {path}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding "
-            f"{model.config.vocab_size}; they do not belong together"
-        )
+    if (more := tokenizer.vocab_size - (model.config.vocab_size or 0)) > 0:
+        if more > 1000:
+            raise BadFileError(f"model {path}: {more} tokens of its tokenizer have no embedding; take the one it had")
+        print(f"jaxgpt: {path}: {more} tokens of its tokenizer have no embedding", file=sys.stderr)
     return LoadedModel(model.config, tokenizer, model, family)
 
 
-def load_weights(path: Path, *, dtype: str | None = None, for_training: bool = False) -> tuple[Family, Transformer]:
+def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool = False) -> tuple[Family, Transformer]:
     """The family and the parameters of a foreign model, without its tokenizer; as `load_model` otherwise."""
     where = f"model {path}"
     layout, tensors, positions = open_model(path)

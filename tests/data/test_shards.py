@@ -20,7 +20,7 @@ from jaxgpt.data.loader import Loader
 from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.data.shards import Corpus, TokenStream, open_nanogpt, open_prepared
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = TokenizerConfig(vocab_size=500, training_bytes=100_000)
 
@@ -187,7 +187,7 @@ def test_two_processes_at_once(tmp_path: Path, pages: Path) -> None:
     assert "reusing" in "".join(finish(process) for process in processes)
     (directory,) = (tmp_path / "data").iterdir()
     assert not list(directory.glob("*.tmp"))
-    open_prepared(directory, Tokenizer.load(directory / "tokenizer.model"))
+    open_prepared(directory, load_tokenizer(directory / "tokenizer.model"))
 
 
 def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:

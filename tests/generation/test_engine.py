@@ -16,7 +16,7 @@ from jaxgpt.generation.decode import decode
 from jaxgpt.generation.engine import STEPS_PER_DISPATCH, Engine
 from jaxgpt.generation.sampling import SamplingParams, choose
 from jaxgpt.model import Transformer
-from jaxgpt.tokenizer import Tokenizer, train_tokenizer
+from jaxgpt.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 
 MODERN = dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, gated_mlp=True, windows=(7, 0), qk_norm="head")
 PROMPTS = ["def f(x):\n", "", "import os, sys\n\n\nclass Reader:\n    "]
@@ -115,8 +115,8 @@ def test_the_text_ends_with_its_last_token_or_the_context(mesh_of: Callable[...,
         assert long.finish_reason == "length"
         # A token that greedy decoding takes third becomes the end of the text.
         third = engine.generate(["x"], GREEDY)[0].token_ids[2]
-        tokenizer = Tokenizer(tokenizer.model_bytes)
-        tokenizer.eos_id = third
+        tokenizer = SentencePieceTokenizer(tokenizer.model_bytes)
+        tokenizer.end_ids = (third,)
         (ended, other) = Engine(model, tokenizer).generate(["x", "def f("], GREEDY)
         assert ended.token_ids[-1] == third and len(ended.token_ids) <= 3 and ended.finish_reason == "stop"
         assert other.token_ids == engine.generate(["def f("], GREEDY)[0].token_ids[: len(other.token_ids)]
