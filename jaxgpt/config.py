@@ -146,6 +146,10 @@ class TrainingConfig(Section):
     """Batches in one evaluation, spread evenly over the held-out text; 0 takes all of it."""
     z_loss: float = 0.0
     """Weight of the squared log-partition, which keeps logits near zero."""
+    router_balance_loss: float = 0.01
+    """With experts: weight of the loss that spreads tokens evenly over them."""
+    router_z_loss: float = 0.001
+    """With experts: weight of the squared log-partition of the router."""
     loss_chunks: int = 8
     """Parts that the sequence is cut into so that only one part's logits exist at a time."""
     sample_prompt: str = ""
@@ -157,7 +161,9 @@ class TrainingConfig(Section):
 
     def __post_init__(self) -> None:
         self.within(1, math.inf, "steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
-        self.within(0, math.inf, "eval_every", "eval_batches", "sample_tokens", "z_loss")
+        self.within(
+            0, math.inf, "eval_every", "eval_batches", "sample_tokens", "z_loss", "router_balance_loss", "router_z_loss"
+        )
         self.within(0, 2**31 - 1, "seed", "steps")
         require(
             self.batch_size % self.accumulation_steps == 0,

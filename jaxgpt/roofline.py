@@ -32,7 +32,10 @@ def forward_flops_per_token(config: ModelConfig) -> float:
     keys that the causal mask and the layer's window leave (boundaries of packed documents are not subtracted).
     """
     D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.key_dim
-    products = D * K * (2 * H + 2 * G) + D * config.ff_dim * (3 if config.gated_mlp else 2)
+    mlp = D * config.ff_dim * (3 if config.gated_mlp else 2)
+    if config.n_experts:  # those that a token is sent to, and the router
+        mlp = config.experts_per_token * mlp + D * config.n_experts
+    products = D * K * (2 * H + 2 * G) + mlp
     seen = np.arange(1, config.context_length + 1)
     keys = sum(np.minimum(seen, window or seen).mean() for window in config.layer_windows)
     attention = 2 * H * K * keys  # scores, and the weighted mean of the values

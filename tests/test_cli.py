@@ -23,7 +23,7 @@ from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import from_json, to_json
 from jaxgpt.run import read_config
-from jaxgpt.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]

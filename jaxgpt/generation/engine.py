@@ -127,8 +127,12 @@ class Engine:
 def for_decoding(model: Transformer) -> Transformer:
     """A copy with a tuple of layers, matrices and tables in the compute dtype: the same results for half the bytes."""
     dtype = jnp.dtype(model.config.dtype)
-    used_so = ("kernel", "embedding")  # norms and biases are used in float32
-    cast = lambda path, p: p.astype(dtype) if parameter_name(path).endswith(used_so) else p  # noqa: E731
+    used_so = ("kernel", "embedding")  # norms, biases and routers are used in float32
+
+    def cast(path: tuple, p: jax.Array) -> jax.Array:
+        name = parameter_name(path)
+        return p.astype(dtype) if name.endswith(used_so) and not name.endswith("router.kernel") else p
+
     return jax.tree_util.tree_map_with_path(cast, model.unstacked())
 
 

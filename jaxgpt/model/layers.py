@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.kernels.attention import attention
+from jaxgpt.kernels.experts import mixture, route, router_losses
 from jaxgpt.model.rotary import Rotation, rotate
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, parameter_sharding, shard
@@ -147,6 +148,19 @@ class Attention(nnx.Module):
         return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), cache
 
 
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """The non-linearity of that name."""
+    match name:
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "silu":
+            return jax.nn.silu(x)
+        case _:
+            return jax.nn.relu(x)
+
+
 class FeedForward(nnx.Module):
     """Two projections around a non-linearity; gated (arXiv:2002.05202) multiplies in a third one."""
 
@@ -157,21 +171,31 @@ class FeedForward(nnx.Module):
         self.gate = Projection("BTD,DF->BTF", config, rngs, bias=bias) if config.gated_mlp else None
         self.down = Projection("BTF,FD->BTD", config, rngs, bias=bias, residual=True)
 
-    def _activate(self, x_BTF: jax.Array) -> jax.Array:
-        match self.activation:
-            case "gelu":
-                return jax.nn.gelu(x_BTF, approximate=False)
-            case "gelu_tanh":
-                return jax.nn.gelu(x_BTF, approximate=True)
-            case "silu":
-                return jax.nn.silu(x_BTF)
-            case _:
-                return jax.nn.relu(x_BTF)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+        """The result, and that there are no losses of a router."""
         if self.gate is None:
-            return self.down(self._activate(self.up(x_BTD)))
-        return self.down(self._activate(self.gate(x_BTD)) * self.up(x_BTD))
+            return self.down(activate(self.up(x_BTD), self.activation)), None
+        return self.down(activate(self.gate(x_BTD), self.activation) * self.up(x_BTD)), None
+
+
+class Experts(nnx.Module):
+    """Several gated feed-forward networks, of which a router takes a few for each token."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.activation, self.normalize = config.activation, config.normalize_experts
+        self.count = config.experts_per_token
+        self.router = Projection("BTD,DE->BTE", config, rngs, bias=False)
+        self.gate = Projection("BTD,EDF->BTEF", config, rngs, bias=False)
+        self.up = Projection("BTD,EDF->BTEF", config, rngs, bias=False)
+        self.down = Projection("BTEF,EFD->BTD", config, rngs, bias=False, residual=True)
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The result, and the losses [2] of `router_losses`. The router works in float32."""
+        logits_BTE = self.router(x_BTD.astype(jnp.float32))
+        weights_BTM, experts_BTM = route(logits_BTE, self.count, self.normalize)
+        gate, up, down = (weight(p.kernel, p.kernel_axes, x_BTD.dtype) for p in (self.gate, self.up, self.down))
+        y_BTD = mixture(x_BTD, weights_BTM, experts_BTM, (gate, up, down), lambda x: activate(x, self.activation))
+        return y_BTD, router_losses(logits_BTE, experts_BTM)
 
 
 class Block(nnx.Module):
@@ -184,7 +208,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs)
         self.attention_output_norm = Norm("D", config) if after else None
         self.mlp_norm = Norm("D", config)
-        self.mlp = FeedForward(config, rngs)
+        self.mlp = Experts(config, rngs) if config.n_experts else FeedForward(config, rngs)
         self.mlp_output_norm = Norm("D", config) if after else None
         self.dropout = config.dropout
 
@@ -196,13 +220,14 @@ class Block(nnx.Module):
         positions_BT: jax.Array,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """The residual stream, the cache, and the losses [2] of the router where there are experts."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y_BTD = self._before(self.attention_norm, x_BTD)
         y_BTD, cache = self.attention(y_BTD, mask_BTS, rotation, positions_BT, cache)
         x_BTD = self._add(x_BTD, y_BTD, self.attention_norm, self.attention_output_norm, keys[0])
-        y_BTD = self.mlp(self._before(self.mlp_norm, x_BTD))
-        return self._add(x_BTD, y_BTD, self.mlp_norm, self.mlp_output_norm, keys[1]), cache
+        y_BTD, losses = self.mlp(self._before(self.mlp_norm, x_BTD))
+        return self._add(x_BTD, y_BTD, self.mlp_norm, self.mlp_output_norm, keys[1]), cache, losses
 
     def _before(self, norm: Norm, x_BTD: jax.Array) -> jax.Array:
         return norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD

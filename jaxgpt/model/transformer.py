@@ -65,6 +65,18 @@ class Transformer(nnx.Module):
         `segments_BT` numbers the packed documents of a row: a token sees its own document only. With a cache,
         positions say into which slots keys and values go; a position beyond the cache is not written.
         """
+        return self.with_router_losses(tokens_BT, positions_BT, segments_BT, cache, dropout_key)[:2]
+
+    def with_router_losses(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """As a call, and the mean over the layers of `router_losses` [2]: None without experts or with a cache."""
+        losses = None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
             positions_BT = shard(positions_BT, "BT")
@@ -73,12 +85,12 @@ class Transformer(nnx.Module):
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
         rotations, kinds = self._rotations(positions_BT, cache)
         if cache is None:
-            x_BTD = self._train_layers(x_BTD, positions_BT, segments_BT, rotations, kinds, keys[1])
+            x_BTD, losses = self._train_layers(x_BTD, positions_BT, segments_BT, rotations, kinds, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
             x_BTD, cache = self._cached_layers(x_BTD, positions_BT, rotations, kinds, cache)
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
     def _rotations(
         self, positions_BT: jax.Array, cache: Cache | None
@@ -113,33 +125,37 @@ class Transformer(nnx.Module):
         rotations: tuple[Rotation | None, ...],
         kinds: tuple[int, ...],
         key: jax.Array | None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
         config = self.config
         segments = None if segments_BT is None else (segments_BT, segments_BT)
 
-        def run(x_BTD: jax.Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> jax.Array:
+        def run(x_BTD: jax.Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
             mask_BTS = attention_mask(positions_BT, positions_BT, segments, window)
-            return layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)[0]
+            x_BTD, _, losses = layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)
+            return x_BTD, losses
 
         run = _rematerialised(run, config.remat)
         windows = config.layer_windows
         keys = None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
+            each = []
             for i, layer in enumerate(self._each_layer()):
-                x_BTD = run(x_BTD, layer, windows[i], rotations[kinds[i]], None if keys is None else keys[i])
-            return x_BTD
+                x_BTD, losses = run(x_BTD, layer, windows[i], rotations[kinds[i]], None if keys is None else keys[i])
+                each.append(losses)
+            return x_BTD, jnp.stack(each).mean(0) if config.n_experts else None
         # What all layers share is a constant of the compiled layer.
         window_L = None if len(set(windows)) == 1 else jnp.array(windows)
         kind_L = None if len(rotations) == 1 else jnp.array(kinds)
         stacked = None if kind_L is None else jax.tree.map(lambda *each: jnp.stack(each), *rotations)
 
-        def step(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+        def step(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array | None]:
             layer, window, kind, key = inputs
             rotation = rotations[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked)
-            return run(x_BTD, layer, windows[0] if window is None else window, rotation, key), None
+            return run(x_BTD, layer, windows[0] if window is None else window, rotation, key)
 
-        return jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))[0]
+        x_BTD, losses_L2 = jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))
+        return x_BTD, None if losses_L2 is None else losses_L2.mean(0)
 
     def _cached_layers(
         self,
@@ -155,7 +171,7 @@ class Transformer(nnx.Module):
         windows = self.config.layer_windows
         for layer, window, kind, old in zip(self._each_layer(), windows, kinds, cache.layers, strict=True):
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
-            x_BTD, layer_cache = layer(x_BTD, mask_BTS, rotations[kind], positions_BT, old, None)
+            x_BTD, layer_cache, _ = layer(x_BTD, mask_BTS, rotations[kind], positions_BT, old, None)
             assert layer_cache is not None
             new.append(layer_cache)
         return x_BTD, Cache(tuple(new))

@@ -247,6 +247,7 @@ class Trainer:
             "grad_norm": float(values["grad_norm"]),
             "tokens": step * tokens,
         }
+        record |= {name: float(values[name]) for name in values if name.startswith("router")}
         if peak := peak_flops(jax.sharding.get_mesh()):
             record["mfu"] = record["tokens_per_second"] * 3 * forward_flops_per_token(self.config.model) / peak
         due = step % self.config.training.log_every == 0 or step == self.config.training.steps

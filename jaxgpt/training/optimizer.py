@@ -48,7 +48,9 @@ def _muon_dimensions(kernels: Any) -> Any:
     """Which axes of a kernel [L, ...] are its input and its output."""
 
     def dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers:
-        inputs = p.ndim - 2 if parameter_name(path).endswith("attention.output.kernel") else 1  # H and K are merged
+        if ".mlp." in (name := parameter_name(path)) and p.ndim == 4:
+            return MuonDimensionNumbers((2,), (3,))  # each expert alone
+        inputs = p.ndim - 2 if name.endswith("attention.output.kernel") else 1  # H and K are merged
         return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
 
     return jax.tree_util.tree_map_with_path(dimensions, kernels)

@@ -67,28 +67,38 @@ def loss_options(config: TrainConfig) -> LossOptions:
 
 def batch_loss(
     model: Transformer, batch: Batch, weights_BT: jax.Array, options: LossOptions, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of the token losses (with z-loss), and the negative log-likelihood of each token [B, T] in nats."""
-    x_BTD, _ = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segment_ids, dropout_key=dropout_key)
-    return linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options)
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
+    where there are experts the two losses of their routers.
+    """
+    x_BTD, _, router = model.with_router_losses(
+        batch.tokens, batch.positions, batch.segment_ids, dropout_key=dropout_key
+    )
+    return *linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options), router
 
 
 def _gradients(
-    model: Transformer, batch: Batch, options: LossOptions, parts: int, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Tokens, mean loss and its gradients, over all labels of the batch, one part of the rows at a time."""
+    model: Transformer, batch: Batch, config: TrainConfig, key: jax.Array | None
+) -> tuple[jax.Array, Metrics, Any]:
+    """Tokens, mean losses and their gradients, over all labels of the batch, one part of the rows at a time."""
+    options, parts = loss_options(config), config.training.accumulation_steps
     real_BT = batch.labels >= 0
     tokens = real_BT.sum()
     weights_BT = real_BT / jnp.maximum(tokens, 1)
 
     def loss(model: Transformer, batch: Batch, weights_BT: jax.Array, key: jax.Array | None) -> tuple:
-        total, losses_BT = batch_loss(model, batch, weights_BT, options, key)
-        return total, (weights_BT * losses_BT).sum()
+        total, losses_BT, router = batch_loss(model, batch, weights_BT, options, key)
+        losses = {"loss": (weights_BT * losses_BT).sum()}
+        if router is not None:
+            losses |= {"router_balance": router[0] / parts, "router_z": router[1] / parts}
+            total += config.training.router_balance_loss * losses["router_balance"]
+            total += config.training.router_z_loss * losses["router_z"]
+        return total, losses
 
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
-        grads, nll = gradient(model, batch, weights_BT, key)
-        return tokens, nll, grads
+        grads, losses = gradient(model, batch, weights_BT, key)
+        return tokens, losses, grads
 
     def split(a_BT: jax.Array) -> jax.Array:
         # Rows a, a + A, a + 2A ... go to part a: each device then keeps the rows that it has.
@@ -96,13 +106,14 @@ def _gradients(
 
     def add(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
         part, weights, number = inputs
-        grads, nll = gradient(model, part, weights, None if key is None else jax.random.fold_in(key, number))
-        return (carry[0] + nll, jax.tree.map(jnp.add, carry[1], grads)), None
+        grads, losses = gradient(model, part, weights, None if key is None else jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+    names = ["loss", "router_balance", "router_z"] if config.model.n_experts else ["loss"]
+    start = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, model))
     inputs = (jax.tree.map(split, batch), split(weights_BT), jnp.arange(parts))
-    (nll, grads), _ = jax.lax.scan(add, start, inputs)
-    return tokens, nll, grads
+    (losses, grads), _ = jax.lax.scan(add, start, inputs)
+    return tokens, losses, grads
 
 
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
@@ -113,24 +124,22 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     rate = learning_rate(config.optimizer, config.training.steps)
-    options, decay = loss_options(config), config.optimizer.ema_decay
+    decay = config.optimizer.ema_decay
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None
         if config.model.dropout:
             key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-        parts = config.training.accumulation_steps
-        tokens, loss, grads = _gradients(state.model, batch, options, parts, key)
+        tokens, losses, grads = _gradients(state.model, batch, config, key)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
         updates, new_optimizer = optimizer.update(grads, state.optimizer, state.model)
         new_model = optax.apply_updates(state.model, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         ema = state.ema
         if ema is not None:
             ema = keep(jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, new_model), ema)
-        metrics = {
-            "loss": loss,
+        metrics = losses | {
             "grad_norm": norm,
             "learning_rate": rate(state.optimizer[-1].count),  # less than the step after skipped updates
             "tokens": tokens,
@@ -147,7 +156,7 @@ def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
     options = loss_options(config)
 
     def eval_step(model: Transformer, batch: Batch) -> jax.Array:
-        _, losses_BT = batch_loss(model, batch, jnp.zeros(batch.labels.shape), options)
+        _, losses_BT, _ = batch_loss(model, batch, jnp.zeros(batch.labels.shape), options)
         return losses_BT.sum(-1)
 
     return jax.jit(eval_step)

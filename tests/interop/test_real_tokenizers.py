@@ -116,10 +116,8 @@ def _byte_level_bpe(ours: Tokenizer, path: Path) -> Callable[[str], list[int]]:
         for word in (word for part in digits.findall(text) for word in words.findall(part)):
             parts = [alphabet[byte] for byte in word.encode()]
             parts = [part for part in parts if part in ids]
-            while pairs := [
-                (ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks
-            ]:
-                _, i = min(pairs)
+            while known := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
+                _, i = min(known)
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             found += [ids[part] for part in parts]
         return found

@@ -281,7 +281,7 @@ def test_evaluation_sums_each_row(runner: Callable[..., Runner]) -> None:
 
 def poisoned_loss(*arguments: Any) -> tuple[jax.Array, jax.Array]:
     """The loss, spoilt when the largest token is 57 (NaN), 58 (infinite) or 59 (finite, but its gradient is NaN)."""
-    total, losses_BT = batch_loss(*arguments)
+    total, losses_BT, _ = batch_loss(*arguments)
     largest = arguments[1].tokens.max()
     factor = jnp.where(largest == 57, jnp.nan, jnp.where(largest == 58, jnp.inf, 1.0))
     kink = 0 * jnp.sqrt(jnp.where(largest == 59, 0.0, 1.0) * total)  # the slope of a root is infinite at 0

@@ -1,0 +1,78 @@
+"""A feed-forward network for each token's experts (arXiv:2101.03961, arXiv:2401.04088): no token is ever dropped.
+
+Tokens are sorted by expert, so that each expert's are one group of rows of a ragged product. Under a mesh every device
+sorts its own tokens and multiplies with its part of F; the parts are added up over `tensor`.
+Letters: B batch, T length, D model width, E experts, M experts of a token, F feed-forward width, N = B T M rows.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.sharding import spec
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def route(logits_BTE: jax.Array, count: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    """Weights, float32, and numbers of the `count` most probable experts, [B, T, M] each; of equals the lowest first.
+
+    With `normalize` a token's weights add up to 1.
+    """
+    weights_BTM, experts_BTM = jax.lax.top_k(jax.nn.softmax(logits_BTE.astype(jnp.float32)), count)
+    if normalize:
+        weights_BTM /= weights_BTM.sum(-1, keepdims=True)
+    return weights_BTM, experts_BTM
+
+
+def mixture(
+    x_BTD: jax.Array,
+    weights_BTM: jax.Array,
+    experts_BTM: jax.Array,
+    matrices: tuple[jax.Array, jax.Array, jax.Array],
+    activate: Activation,
+) -> jax.Array:
+    """The weighted sum [B, T, D] of each token's experts, down(activate(gate(x)) * up(x)).
+
+    `matrices` are gate and up [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole.
+    """
+
+    def local(x_BTD: jax.Array, weights_BTM: jax.Array, experts_BTM: jax.Array, *matrices: jax.Array) -> jax.Array:
+        gate_EDF, up_EDF, down_EFD = matrices
+        experts_N = experts_BTM.ravel()
+        order_N = jnp.argsort(experts_N, stable=True)
+        sizes_E = jnp.bincount(experts_N, length=gate_EDF.shape[0]).astype(jnp.int32)
+        token_N = order_N // experts_BTM.shape[-1]
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[token_N]
+        hidden_NF = activate(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
+        y_ND = jax.lax.ragged_dot(hidden_NF, down_EFD, sizes_E).astype(jnp.float32)
+        y_ND *= weights_BTM.ravel()[order_N][:, None]
+        # Back to the tokens' order first: adding up M rows is the same on every run, a scatter may not be.
+        unsorted_ND = y_ND[jnp.argsort(order_N)]
+        return unsorted_ND.reshape(*experts_BTM.shape, -1).sum(2).astype(x_BTD.dtype)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(x_BTD, weights_BTM, experts_BTM, *matrices)
+    rows = spec("BTD")
+    cut = jax.shard_map(
+        lambda *inputs: jax.lax.psum(local(*inputs), "tensor"),
+        in_specs=(rows, rows, rows, spec("EDF"), spec("EDF"), spec("EFD")),
+        out_specs=rows,
+    )
+    return cut(x_BTD, weights_BTM, experts_BTM, *matrices)
+
+
+def router_losses(logits_BTE: jax.Array, experts_BTM: jax.Array) -> jax.Array:
+    """The load-balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961, equation 4), where the
+    shares of a token's M experts add up to M, and the mean squared log-partition (arXiv:2202.08906, equation 5).
+
+    Means over all tokens of the batch. Returns float32 [2].
+    """
+    experts = logits_BTE.shape[-1]
+    logits_BTE = logits_BTE.astype(jnp.float32)
+    chosen_BTME = experts_BTM[..., None] == jnp.arange(experts)[None, None, None]
+    share_E = chosen_BTME.sum(2).astype(jnp.float32).mean((0, 1))
+    probability_E = jax.nn.softmax(logits_BTE).mean((0, 1))
+    z = jnp.square(jax.nn.logsumexp(logits_BTE, -1)).mean()
+    return jnp.stack([experts * (share_E * probability_E).sum(), z])
