@@ -252,9 +252,34 @@ def verify(arguments: list[str], program: str = "jaxgpt verify") -> None:
     print(f"{summary}: all {len(checks)} checks hold")
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk with a model in the terminal, or answer each line of standard input."""
+
+    model: Positional[str]
+    """Run directory, directory of a Hugging Face model, or .gguf file; it must have a chat template."""
+    system: str = ""
+    """What the model is told before the conversation. Default: what its template says."""
+    sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0.7))
+    compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
+
+
+def chat(arguments: list[str], program: str = "jaxgpt chat") -> None:
+    """Talk with a model, in its own chat template."""
+    options = parse(arguments, ChatOptions, program)
+    if options.sampling.num_samples > 1:
+        raise ConfigError(f"num_samples is {options.sampling.num_samples}: a conversation has one answer; leave it out")
+    from jaxgpt.generation.engine import Engine
+    from jaxgpt.interop.chat import chat as run
+
+    with loaded(Path(options.model), options.compute) as trained:
+        run(Engine(trained.model, trained.tokenizer), trained.tokenizer, options.sampling, options.system)
+
+
 VERBS: dict[str, Callable[[list[str], str], None]] = {
     "train": train,
     "generate": generate,
+    "chat": chat,
     "convert": convert,
     "verify": verify,
     "tokenize": tokenize,

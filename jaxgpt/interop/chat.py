@@ -1,0 +1,113 @@
+"""A conversation in the terminal, in the model's own chat template."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jaxgpt.errors import ConfigError
+from jaxgpt.generation.engine import Engine
+from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.interop.chat_template import render
+from jaxgpt.tokenizer import Tokenizer
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more: Any) -> list[int]:
+    """The ids of a conversation in the model's chat template, up to where its answer begins.
+
+    They are transformers' ids, unless a message spells a special token such as `<|im_end|>`: that stays text, so that
+    nobody can write a turn of another role. The template then sees another character for the first of the spelling,
+    and text after a special token begins with a space where the tokenizer puts one before every text.
+    Raises ConfigError for a model without a template, else what `render` raises.
+    """
+    template, special = tokenizer.chat_template, {name: i for name, i in tokenizer.special_tokens.items() if name}
+    if not template:
+        raise ConfigError(f"{tokenizer.where}: there is no chat template, so it cannot chat; use generate.py")
+    spelling = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    known = template + "".join(text for message in messages for text in message.values())
+    unused = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in known)  # for private use
+    disguise = dict(zip(sorted({name[0] for name in special}), unused, strict=False))
+    hide = lambda text: re.sub(f"(?={spelling}).", lambda found: disguise[found[0]], text, flags=re.DOTALL)  # noqa: E731
+    hidden = [{key: hide(text) for key, text in message.items()} for message in messages]
+    own_bos = tokenizer.bos_ids or tokenizer.bos_id != tokenizer.eos_id  # without one, the end's stands in for it
+    bos = tokenizer.piece(tokenizer.bos_id) if own_bos and tokenizer.bos_id >= 0 else ""
+    eos = tokenizer.piece(tokenizer.eos_id) if tokenizer.eos_id >= 0 else ""
+    where = f"chat template of {tokenizer.where.removeprefix('tokenizer ')}"
+    rendered = render(template, hidden, bos_token=bos, eos_token=eos, where=where, **more)
+    ids, parts = tokenizer.encode(rendered, allow_special=True), re.split(f"({spelling})", rendered)
+    forged = sum(map(set(special.values()).__contains__, ids)) > len(parts) // 2  # where text is normalised
+    if hidden == messages and not forged:
+        return ids
+    shown = str.maketrans({private: character for character, private in disguise.items()})
+    encoded = ([special[part]] if part in special else tokenizer.encode(part.translate(shown)) for part in parts)
+    return [token for part in encoded for token in part]
+
+
+def fit(engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, str]], max_new_tokens: int) -> list[int]:
+    """The ids of a conversation; its oldest messages (but the system's) are removed, and reported, if it is too long.
+
+    Room is kept for an answer of `max_new_tokens`, or of a quarter of the context if that is less.
+    """
+    first, before, context = int(messages[0]["role"] == "system"), len(messages), engine.room([])
+    wanted = min(max_new_tokens, context // 4)
+    while engine.room(ids := encode_chat(tokenizer, messages)) < wanted and len(messages) > first + 2:
+        del messages[first : first + 2]
+    if forgotten := before - len(messages):
+        _say(f"the context of {context} tokens is full: the {forgotten} oldest messages are forgotten")
+    if 0 < (room := engine.room(ids)) < max_new_tokens:
+        _say(f"{room} tokens of the context are left, so the answer ends there at the latest")
+    return ids
+
+
+def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: str = "") -> None:
+    """Answer each line of standard input, on standard output, until it ends; in a terminal, hold a conversation.
+
+    Raises what `encode_chat` and `Engine.stream` raise; in a terminal a message that is refused is only reported.
+    """
+    start = [{"role": "system", "content": system}] if system else []
+    encode_chat(tokenizer, [*start, {"role": "user", "content": "?"}])  # a template that cannot work says so at once
+    messages = list(start)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (`input` edits lines with it)
+        _say("Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # which the tokenizer refuses by name
+    while (line := _next_line(terminal)) not in (None, "/exit"):
+        if line == "/reset":
+            messages = list(start)
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            answer: list[str] = []
+            try:
+                for _, text in engine.stream(fit(engine, tokenizer, messages, params.max_new_tokens), params):
+                    print(text, end="", flush=True)
+                    answer.append(text)
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+            except ConfigError as error:
+                if not terminal:
+                    raise
+                _say(str(error))
+                messages.pop()
+                continue
+            print()
+            messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def _next_line(terminal: bool) -> str | None:
+    try:
+        return input("> " if terminal else "")
+    except (EOFError, KeyboardInterrupt) as end:
+        if isinstance(end, KeyboardInterrupt) and not terminal:
+            raise
+        print(end="\n" if terminal else "")
+        return None
+
+
+def _say(text: str) -> None:
+    print(f"jaxgpt: {text}", file=sys.stderr, flush=True)

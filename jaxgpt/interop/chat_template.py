@@ -1,0 +1,129 @@
+"""Chat templates: programs in Jinja's language that come with a model, so they run where they can do no harm.
+
+A sandbox alone bounds neither time nor memory: one expression such as `10 ** (10 ** 8)` heeds no signal. So each
+rendering is a process of its own (60 ms), which runs this file with limits that the kernel holds. It imports neither
+JAX nor jaxgpt, which need not be importable there.
+"""
+
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+MAX_TEMPLATE, MAX_TEXT = 2**20, 4 * 2**20
+"""Characters of a template (the longest in use have 2**15), and of what it writes."""
+CPU_SECONDS, SECONDS, MEMORY = 2, 5, 512 * 2**20
+"""Computing time, time by the clock, and address space in bytes (of which Python takes 30 MB)."""
+
+
+def render(
+    template: str,
+    messages: Sequence[dict[str, str]],
+    *,
+    bos_token: str,
+    eos_token: str,
+    add_generation_prompt: bool = True,
+    where: str = "chat template",
+    **more: Any,
+) -> str:
+    """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` makes it.
+
+    messages are {"role": ..., "content": ...}; `more` is what else the template sees, of JSON's types; `where` names it
+    in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time, memory or room, and
+    ConfigError when it refuses the conversation, as one whose roles do not alternate.
+    """
+    from jaxgpt.errors import BadFileError, ConfigError  # here, since the process below runs this file alone
+
+    def bad(why: str) -> BadFileError:
+        return BadFileError(f"{where}: {why}; restore it, or use generate.py")
+
+    if len(template) > MAX_TEMPLATE:
+        raise bad(f"it has {len(template)} characters, more than {MAX_TEMPLATE}")
+    context: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, **more}
+    context |= {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": add_generation_prompt}
+    request = json.dumps({"path": sys.path, "template": template, "context": context}).encode()
+    command = [sys.executable, "-I", "-S", __file__]
+    try:
+        done = subprocess.run(command, input=request, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise bad(f"it takes more than {SECONDS} s") from None
+    if done.returncode == -signal.SIGXCPU:
+        raise bad(f"it computes for more than {CPU_SECONDS} s")
+    if done.returncode:
+        raise bad(f"it ended the process that ran it, with status {done.returncode}")
+    kind, text = json.loads(done.stdout)
+    if kind == "text":
+        return text
+    why = "".join(character if character.isprintable() else " " for character in text)[:300]
+    if kind == "refusal":
+        raise ConfigError(f"{where}: it refuses this conversation: {why}; change the messages")
+    raise bad(why)
+
+
+def _limit() -> None:
+    import resource
+
+    limits = (resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY)
+    for name, limit in (*limits, (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 0)):
+        with contextlib.suppress(OSError, ValueError):  # macOS has no RLIMIT_AS
+            resource.setrlimit(name, (limit, limit + 1))  # at the hard limit of CPU time SIGKILL would hide SIGXCPU
+
+
+def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
+    """("text", text), ("refusal", the template's own words) or ("error", why)."""
+    import datetime
+
+    import jinja2.debug  # noqa: F401  (what an error in a template needs)
+    from jinja2 import TemplateError, TemplateSyntaxError, nodes, parser
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Refusal(TemplateError): ...
+
+    class Generation(Extension):
+        """{% generation %} marks what the model says, for training; here its body is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: parser.Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def raise_exception(message: object) -> None:
+        raise Refusal(str(message)[:1000])
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    # Jinja's own filter escapes what HTML would.
+    jinja.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # Jinja imports some modules, and Python this codec, when a template asks for them: nothing can be opened then.
+    jinja.from_string("{{ '1'|pprint|wordwrap(9) }}{{ lipsum(1) }}{{ strftime_now('%Z') }}").render()
+    _limit()
+    text = io.StringIO()
+    try:
+        for piece in jinja.from_string(template).generate(context):
+            if text.tell() + len(piece) > MAX_TEXT:
+                return "error", f"it writes more than {MAX_TEXT} characters"
+            text.write(piece)
+        return "text", text.getvalue()
+    except Refusal as refusal:
+        return "refusal", str(refusal)
+    except MemoryError:
+        return "error", f"it needs more than {MEMORY >> 20} MB"
+    except TemplateSyntaxError as error:
+        return "error", f"line {error.lineno}: {error.message}"
+    except Exception as error:  # whatever a program can raise
+        return "error", f"{type(error).__name__}: {str(error)[:1000]}"
+
+
+if __name__ == "__main__":
+    request = json.load(sys.stdin.buffer)
+    sys.path[:] = filter(None, request["path"])
+    json.dump(_render_here(request["template"], request["context"]), sys.stdout)
