@@ -71,7 +71,7 @@ def _write_run(trained: LoadedModel, directory: Path, dtype: Precision) -> None:
     config = TrainConfig(run_dir=str(directory), model=trained.config, training=TrainingConfig(loss_chunks=chunks))
     metadata = {"seed": 0, "tokenizer_sha256": trained.tokenizer.sha256, "data": []}
     with Checkpoints(directory, CheckpointConfig()) as checkpoints:
-        checkpoints.save(0, trained.model, {}, metadata)
+        checkpoints.save(0, trained.model, {"step": jnp.zeros((), jnp.int32)}, metadata)
     write_run(config, trained.tokenizer, directory)
 
 
@@ -120,6 +120,12 @@ class Agreement:
     """Mean Kullback-Leibler divergence of the second's next-token distributions from the first's, in nats."""
     top1: float
     """Share of positions where both find the same token most probable."""
+
+    def __str__(self) -> str:
+        return (
+            f"max logit difference {self.max_logit_difference:.2g}, KL divergence {self.kl:.2g} nats, "
+            f"top-1 agreement {100 * self.top1:.1f} %"
+        )
 
 
 def compare(source: Path, target: Path) -> Agreement:
