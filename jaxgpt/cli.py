@@ -260,7 +260,7 @@ class ChatOptions:
     """Run directory, directory of a Hugging Face model, or .gguf file; it must have a chat template."""
     system: str = ""
     """What the model is told before the conversation. Default: what its template says."""
-    sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0.7))
+    sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0))
     compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.errors import BadFileError, ConfigError, nearest
-from jaxgpt.interop.families import FAMILIES, GGUF_KEYS, KEYS, Family
+from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.interop.families import FAMILIES, Family, family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.model.rotary import frequencies
 from jaxgpt.model_config import ModelConfig
@@ -52,18 +52,6 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )
 
 
-def family_of(model_type: Any, where: str) -> Family:
-    """The family of a `model_type`. Raises BadFileError, naming it and the known ones."""
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    known = [family.model_type for family in FAMILIES]
-    raise BadFileError(
-        f"{where}: model_type {model_type!r} is not implemented{nearest(str(model_type), known)}; "
-        f"there are {', '.join(known)}"
-    )
-
-
 # Reading
 
 
@@ -80,11 +68,11 @@ def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
         raise BadFileError(f"{where}: quantization_config is not implemented; take the unquantised model, or its GGUF")
     family = family_of(hf.get("model_type"), where)
     for key, legal in family.requires.items():
-        if key in hf and hf[key] not in legal:
+        if hf.get(key) is not None and hf[key] not in legal:
             raise BadFileError(f"{where}: {key} is {hf[key]!r}, and only {legal[0]!r} is implemented for this family")
     hf = {"hidden_act": "silu"} | family.defaults | hf
     try:
-        fields = {name: _read_key(hf, name, key, where) for name, key in (KEYS | family.keys).items() if key}
+        fields = {name: _read_key(hf, name, key, where) for name, key in family.keys.items() if key}
         fields |= family.fixed | _read_rope(hf, where) | _read_windows(hf, family, fields["n_layers"])
         return family, canonical(ModelConfig(**fields))
     except ConfigError as error:
@@ -102,7 +90,8 @@ def _read_key(hf: Json, name: str, keys: str, where: str) -> Any:
         interval, layers = hf.get("no_rope_layer_interval") or 4, hf["num_hidden_layers"]
         given = [(i + 1) % interval != 0 for i in range(layers)] if value in (..., None) else value
         return tuple(bool(rotates) for rotates in given[:layers])
-    if value is ... and name in ("n_kv_heads", "head_dim"):
+    declared = str(next(f.type for f in dataclasses.fields(ModelConfig) if f.name == name))
+    if value is ... and "None" in declared:
         return None
     if value is ...:
         raise BadFileError(f"{where}: there is no {keys.split('|')[0]}; restore the file")
@@ -110,7 +99,6 @@ def _read_key(hf: Json, name: str, keys: str, where: str) -> Any:
         if value not in _ACTIVATIONS:
             raise BadFileError(f"{where}: {keys} {value!r} is not one of {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[value]
-    declared = str(next(f.type for f in dataclasses.fields(ModelConfig) if f.name == name))
     kinds = next(kinds for kind, kinds in _KINDS.items() if kind in declared)
     optional = value is None and "None" in declared
     if not optional and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
@@ -173,10 +161,14 @@ def _read_longrope(rope: Json, hf: Json) -> Json:
 
 def _read_windows(hf: Json, family: Family, layers: int) -> Json:
     window = hf.get("sliding_window")
-    if not window or family.slides is None or hf.get("use_sliding_window") is False:
+    if not window or family.window_period == 1 or hf.get("use_sliding_window") is False:
         return {"windows": ()}
-    types = hf.get("layer_types")
-    slides = [family.slides(i, hf) if types is None else types[i] == "sliding_attention" for i in range(layers)]
+    types, period = hf.get("layer_types"), hf.get("sliding_window_pattern") or family.window_period
+    if types is None:
+        first = hf.get("max_window_layers", 0)
+        slides = [i >= first and (period == 0 or (i + 1) % period != 0) for i in range(layers)]
+    else:
+        slides = [types[i] == "sliding_attention" for i in range(layers)]
     return {"windows": tuple(window if slide else 0 for slide in slides)}
 
 
@@ -216,10 +208,10 @@ def _as_family(config: ModelConfig, family: Family) -> Json:
         values["activation"] = "gelu_pytorch_tanh"
     hf: Json = {"architectures": [family.architecture], "model_type": family.model_type}
     hf |= {key: legal[0] for key, legal in family.requires.items()}
-    hf |= {key.split("|")[0]: values[name] for name, key in (KEYS | family.keys).items() if key}
+    hf |= {key.split("|")[0]: values[name] for name, key in family.keys.items() if key}
     if config.positions == "rotary":
         hf |= _write_rope(config)
-    if family.slides is not None:
+    if family.window_period != 1:
         types = ["sliding_attention" if window else "full_attention" for window in config.layer_windows]
         hf |= {"sliding_window": max(config.layer_windows) or None, "layer_types": types}
         hf |= {"use_sliding_window": any(config.layer_windows), "max_window_layers": 0}
@@ -266,12 +258,12 @@ def read_gguf_config(metadata: Json, tensors: dict[str, StoredTensor], where: st
     if "token_embd.weight" not in tensors:
         raise BadFileError(f"{where}: there is no tensor token_embd.weight; restore the file")
     family = families[0] if wanted != "mixtral" else next(f for f in families if f.model_type == "mixtral")
-    names = KEYS | family.keys
+    names = family.keys
     hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     if family.model_type == "llama":
         hf |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-    for name, keys in (GGUF_KEYS | family.gguf_keys).items():
+    for name, keys in family.gguf_keys.items():
         value = next((own[key] for key in keys.split("|") if key in own), None)
         if value is not None and names.get(name):
             hf[names[name].split("|")[0]] = value
@@ -335,8 +327,8 @@ def write_gguf_config(
     family, hf = write_config(config, preferred)
     values = dataclasses.asdict(config)
     own: Json = {}
-    for name, keys in (GGUF_KEYS | family.gguf_keys).items():
-        if values[name]:
+    for name, keys in family.gguf_keys.items():
+        if values[name] and (config.n_experts or "expert" not in name):
             own[keys.split("|")[0]] = values[name]
     own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
     extra: dict[str, np.ndarray] = {}

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.interop.configs import family_of
+from jaxgpt.interop.families import family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.weights import Layout, load_parameters, stored_tensors
 from jaxgpt.kernels.cross_entropy import LossOptions
