@@ -27,7 +27,7 @@ def config() -> c.TrainConfig:
             tie_embeddings=False,
             dtype="bfloat16",
             remat="full",
-        ),
+        ),  # fmt: skip
         tokenizer=c.TokenizerConfig(vocab_size=128_256),
         optimizer=c.OptimizerConfig(peak_lr=3e-4, warmup_steps=8000, schedule="cosine"),
         training=c.TrainingConfig(steps=1_200_000, batch_size=512, eval_every=1000, loss_chunks=16),

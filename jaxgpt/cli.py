@@ -26,7 +26,7 @@ from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 
 if TYPE_CHECKING:
-    from jaxgpt.interop.load import LoadedModel
+    from jaxgpt.run import TrainedModel
 
 Options = TypeVar("Options")
 
@@ -77,7 +77,7 @@ def train(arguments: list[str], program: str = "train.py") -> None:
     run(config)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
     """Where and how precisely a model runs."""
 
@@ -88,7 +88,7 @@ class ComputeOptions:
 
 
 @contextlib.contextmanager
-def loaded(path: Path, compute: ComputeOptions, step: int | None = None) -> "Iterator[LoadedModel]":
+def loaded(path: Path, compute: ComputeOptions, step: int | None = None) -> "Iterator[TrainedModel]":
     """The model at `path`, on a mesh that is set meanwhile. Raises what `load_model` raises."""
     import jax
 
@@ -101,8 +101,8 @@ def loaded(path: Path, compute: ComputeOptions, step: int | None = None) -> "Ite
         yield load_model(path, step=step, dtype=compute.dtype)
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ComputeOptions):
     """Generate text with any model."""
 
     checkpoint: str
@@ -112,7 +112,6 @@ class GenerateOptions:
     step: int | None = None
     """Checkpoint of a run to use. Default: the newest intact one."""
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
-    compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
 
 
 def generate(arguments: list[str], program: str = "generate.py") -> None:
@@ -121,7 +120,7 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
     from jaxgpt.generation.engine import Engine
 
     samples = options.sampling.num_samples
-    with loaded(Path(options.checkpoint), options.compute, options.step) as trained:
+    with loaded(Path(options.checkpoint), options, options.step) as trained:
         engine = Engine(trained.model, trained.tokenizer)
         if 0 < (room := engine.room(options.prompt)) < options.sampling.max_new_tokens:
             print(f"jaxgpt: {room} tokens of the context are left, so it ends there at the latest", file=sys.stderr)
@@ -222,13 +221,12 @@ def convert(arguments: list[str], program: str = "jaxgpt convert") -> None:
             print(compare(source, target))
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(ComputeOptions):
     """Check that every path computes the same on this device."""
 
     model: Positional[str]
     """Run directory, directory of a Hugging Face model, or .gguf file."""
-    compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
 
 
 def verify(arguments: list[str], program: str = "jaxgpt verify") -> None:
@@ -238,7 +236,7 @@ def verify(arguments: list[str], program: str = "jaxgpt verify") -> None:
 
     from jaxgpt.interop.verify import verify as run
 
-    with loaded(Path(options.model), options.compute) as trained:
+    with loaded(Path(options.model), options) as trained:
         checks = run(trained.model)
         device = jax.devices()[0].device_kind
     table = Table("check", "worst difference", "limit", "", box=None, pad_edge=False)
@@ -252,8 +250,8 @@ def verify(arguments: list[str], program: str = "jaxgpt verify") -> None:
     print(f"{summary}: all {len(checks)} checks hold")
 
 
-@dataclass(frozen=True)
-class ChatOptions:
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(ComputeOptions):
     """Talk with a model in the terminal, or answer each line of standard input."""
 
     model: Positional[str]
@@ -261,7 +259,6 @@ class ChatOptions:
     system: str = ""
     """What the model is told before the conversation. Default: what its template says."""
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0))
-    compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
 
 
 def chat(arguments: list[str], program: str = "jaxgpt chat") -> None:
@@ -272,7 +269,7 @@ def chat(arguments: list[str], program: str = "jaxgpt chat") -> None:
     from jaxgpt.generation.engine import Engine
     from jaxgpt.interop.chat import chat as run
 
-    with loaded(Path(options.model), options.compute) as trained:
+    with loaded(Path(options.model), options) as trained:
         run(Engine(trained.model, trained.tokenizer), trained.tokenizer, options.sampling, options.system)
 
 

@@ -1,14 +1,5 @@
 """Errors that a user can cause, each with its exit status, and the shell that prints them.
 
-| status | meaning |
-| --- | --- |
-| 0 | done |
-| 2 | the command line or the configuration is wrong |
-| 65 | a data, tokenizer, model or checkpoint file is bad |
-| 70 | training cannot go on (non-finite loss), or a bug: then the traceback is shown |
-| 74 | input/output failed: disk full, read-only, no permission |
-| 75 | stopped early on purpose: everything is saved, the same command resumes |
-
 A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`.
 """
 
@@ -66,17 +57,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 _STORAGE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.EFBIG,
-}
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.EFBIG,
+}  # fmt: skip
 
 
 def _report(message: str) -> None:

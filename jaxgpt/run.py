@@ -79,6 +79,8 @@ class TrainedModel:
     config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
+    family: str | None = None
+    """The model_type that other people's files declare."""
 
 
 def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:

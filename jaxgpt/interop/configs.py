@@ -36,20 +36,13 @@ def canonical(config: ModelConfig) -> ModelConfig:
     fields = [f"rope_{name}" for name in unused.get(config.rope_scaling, [])]
     fields += ["rope_original_context"] if config.rope_scaling in ("none", "linear") else []
     return dataclasses.replace(
-        config,
-        n_kv_heads=config.kv_heads,
-        head_dim=config.key_dim,
-        d_ff=config.ff_dim,
-        windows=windows,
-        rotary_layers=rotates,
-        attention_output_bias=biased,
-        query_scalar=config.query_scalar or float(config.key_dim),
+        config, n_kv_heads=config.kv_heads, head_dim=config.key_dim, d_ff=config.ff_dim, windows=windows,
+        rotary_layers=rotates, attention_output_bias=biased, query_scalar=config.query_scalar or float(config.key_dim),
         local_rope_theta=config.local_rope_theta if windows else None,
         norm_bias=config.norm_bias and config.norm == "layernorm",
         experts_per_token=config.experts_per_token if config.n_experts else default.experts_per_token,
-        **{name: getattr(default, name) for name in fields},
-        **{name: getattr(default, name) for name in _MEMORY},
-    )
+        **{name: getattr(default, name) for name in fields}, **{name: getattr(default, name) for name in _MEMORY},
+    )  # fmt: skip
 
 
 # Reading
@@ -175,14 +168,14 @@ def _read_windows(hf: Json, family: Family, layers: int) -> Json:
 # Writing
 
 
-def write_config(config: ModelConfig, preferred: Family | None = None) -> tuple[Family, Json]:
-    """`preferred`, or the first family that can hold this model, and its config.json.
+def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json]:
+    """The family `preferred`, or the first that can hold this model, and its config.json.
 
     Raises ConfigError, naming what differs from the nearest, when there is none.
     """
     config = canonical(config)
     differs: dict[str, list[str]] = {}
-    for family in (*([preferred] if preferred else []), *FAMILIES):
+    for family in sorted(FAMILIES, key=lambda family: family.model_type != preferred):
         try:
             hf = _as_family(config, family)
             _, again = read_config(hf, "config.json")
@@ -285,25 +278,19 @@ def _read_gguf_rope(own: Json, tensors: dict[str, StoredTensor], hf: Json, where
         rope["rope_local_base_freq"] = own["rope.freq_base_swa"]
     head_dim = hf.get("head_dim") or hf.get("hidden_size", 0) // max(hf.get("num_attention_heads", 1), 1)
     rope["partial_rotary_factor"] = own.get("rope.dimension_count", head_dim) / max(head_dim, 1)
-    original = own.get("rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in tensors:
-        lists = [tensors[f"rope_factors_{length}.weight"].read().tolist() for length in ("short", "long")]
-        factor = own.get("rope.scaling.attn_factor")
-        scaling = {"rope_type": "longrope", "short_factor": lists[0], "long_factor": lists[1]}
-        scaling |= {"attention_factor": factor, "original_max_position_embeddings": original}
-        return rope | {"rope_scaling": scaling}
     if "rope_freqs.weight" in tensors:
+        original = own.get("rope.scaling.original_context_length", 8192)
         return rope | {"rope_scaling": _llama3_scaling(tensors["rope_freqs.weight"].read(), rope, original, where)}
     if (kind := own.get("rope.scaling.type", "none")) != "none":
         rope["rope_scaling"] = {"rope_type": kind, "factor": own.get("rope.scaling.factor", 1.0)}
     return rope
 
 
-def _llama3_scaling(factors: np.ndarray, rope: Json, original: int | None, where: str) -> Json:
+def _llama3_scaling(factors: np.ndarray, rope: Json, original: int, where: str) -> Json:
     """The parameters whose frequencies a file's `rope_freqs` divides by: Llama 3.1 has a factor of 8, 3.2 of 32."""
     for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
         scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        scaling["original_max_position_embeddings"] = original or 8192
+        scaling["original_max_position_embeddings"] = original
         if np.allclose(llama3_factors(2 * factors.size, rope["rope_theta"], scaling), factors, rtol=1e-5):
             return scaling
     raise BadFileError(f"{where}: rope_freqs.weight is no scaling of Llama 3 that is known; take the safetensors")
@@ -319,9 +306,7 @@ def llama3_factors(width: int, theta: float, scaling: Json) -> np.ndarray:
     return frequencies(config, theta, "none", 0) / frequencies(config, theta, "llama3", 0)
 
 
-def write_gguf_config(
-    config: ModelConfig, preferred: Family | None = None
-) -> tuple[Family, Json, dict[str, np.ndarray]]:
+def write_gguf_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json, dict[str, np.ndarray]]:
     """Family, metadata, and the tensors that only describe positions. Raises ConfigError when GGUF cannot hold it."""
     config = canonical(config)
     family, hf = write_config(config, preferred)
@@ -341,28 +326,17 @@ def write_gguf_config(
     if config.rope_scaling == "llama3":
         own["rope.scaling.original_context_length"] = config.rope_original_context
         extra["rope_freqs.weight"] = llama3_factors(config.rotary_dim, config.rope_theta, hf["rope_scaling"])
-    if config.rope_scaling == "longrope":
-        own["rope.scaling.original_context_length"] = config.rope_original_context
-        own["rope.scaling.attn_factor"] = config.rope_attention_factor
-        extra["rope_factors_short.weight"] = np.array(config.rope_short_factors, np.float32)
-        extra["rope_factors_long.weight"] = np.array(config.rope_long_factors, np.float32)
     metadata = {"general.architecture": family.gguf} | {f"{family.gguf}.{key}": value for key, value in own.items()}
     _refuse_what_gguf_changes(config, family, metadata, extra)
     return family, metadata, extra
 
 
 def _refuse_what_gguf_changes(config: ModelConfig, family: Family, metadata: Json, extra: dict) -> None:
-    def stored(array: np.ndarray) -> StoredTensor:
-        return StoredTensor(array.shape, "F32", lambda: array)
-
-    tensors = {name: stored(array) for name, array in extra.items()}
-    tensors["token_embd.weight"] = stored(np.empty((config.vocab_size or 0, 0)))
-    if not config.tie_embeddings:
-        tensors["output.weight"] = tensors["token_embd.weight"]
-    if config.attention_bias:
-        tensors["blk.0.attn_q.bias"] = tensors["token_embd.weight"]
-    if config.mlp_bias:
-        tensors["blk.0.ffn_up.bias"] = tensors["token_embd.weight"]
+    there = {"token_embd": True, "output": not config.tie_embeddings}
+    names = [f"{name}.weight" for name in there if there[name]]
+    names += ["blk.0.attn_q.bias"] * config.attention_bias + ["blk.0.ffn_up.bias"] * config.mlp_bias
+    arrays = extra | dict.fromkeys(names, np.empty((config.vocab_size or 0, 0)))
+    tensors = {name: StoredTensor(array.shape, "F32", array.copy) for name, array in arrays.items()}
     _, again = read_gguf_config(metadata, tensors, "GGUF")
     names = [f.name for f in dataclasses.fields(config)]
     lost = [name for name in names if not _close(getattr(again, name), getattr(config, name))]

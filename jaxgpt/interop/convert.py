@@ -21,12 +21,12 @@ from jaxgpt.errors import ConfigError, JaxgptError
 from jaxgpt.files import sync, write_atomically
 from jaxgpt.interop.configs import write_config, write_gguf_config
 from jaxgpt.interop.gguf import write_gguf
-from jaxgpt.interop.load import LoadedModel, load_model
+from jaxgpt.interop.load import load_model
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.vocabulary import gguf_metadata, write_tokenizer
 from jaxgpt.interop.weights import Layout, stored_tensors
 from jaxgpt.model import Transformer
-from jaxgpt.run import write_run
+from jaxgpt.run import TrainedModel, write_run
 
 Format = Literal["jaxgpt", "hf", "gguf"]
 Precision = Literal["float32", "bfloat16", "q8_0"]
@@ -66,7 +66,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_run(trained: LoadedModel, directory: Path, dtype: Precision) -> None:
+def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     chunks = next(chunks for chunks in (8, 4, 2, 1) if trained.config.context_length % chunks == 0)
     config = TrainConfig(run_dir=str(directory), model=trained.config, training=TrainingConfig(loss_chunks=chunks))
     metadata = {"seed": 0, "tokenizer_sha256": trained.tokenizer.sha256, "data": []}
@@ -75,7 +75,7 @@ def _write_run(trained: LoadedModel, directory: Path, dtype: Precision) -> None:
     write_run(config, trained.tokenizer, directory)
 
 
-def _write_hf(trained: LoadedModel, directory: Path, dtype: Precision) -> None:
+def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     family, hf = write_config(trained.config, trained.family)
     tokenizer = trained.tokenizer
     hf |= {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_id}
@@ -89,7 +89,7 @@ def _write_hf(trained: LoadedModel, directory: Path, dtype: Precision) -> None:
     write_tokenizer(tokenizer, directory)
 
 
-def _write_gguf(trained: LoadedModel, path: Path, dtype: Precision) -> None:
+def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
     family, metadata, positions = write_gguf_config(trained.config, trained.family)
     metadata |= gguf_metadata(trained.tokenizer, trained.config.vocab_size or 0)
     kept: list[str] = []

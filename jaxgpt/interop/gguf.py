@@ -6,26 +6,25 @@ left before anything is made of it. The arithmetic of quantised types is that of
 """
 
 import itertools
+import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.stored import StoredTensor, aligned
+from jaxgpt.interop.stored import PLAIN, StoredTensor, TensorWriter, aligned, plain_reader
 
 _TYPES = {  # number in the file -> name, elements in a block, bytes of a block
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
 }  # fmt: skip
-_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _GROUP_ELEMENTS = 2**18
@@ -141,14 +140,12 @@ def _read_tensors(reader: _Reader, count: int, alignment: Any) -> dict[str, Stor
         if kind not in _TYPES:
             raise reader.fail(f"its type {kind} is not one of {', '.join(t[0] for t in _TYPES.values())}")
         type_name, block, block_bytes = _TYPES[kind]
-        elements = 1
-        for size in shape:
-            elements *= size
+        elements = math.prod(shape)
         size = elements // block * block_bytes
         if elements == 0 or shape[-1] % block or offset % alignment or start + offset + size > len(reader.data):
             raise reader.fail(f"{type_name}{list(shape)} at offset {offset} does not fit into the file")
         ranges.append((offset, offset + size, name))
-        tensors[name] = StoredTensor(shape, type_name, _tensor_reader(reader.data, start + offset, size, shape, kind))
+        tensors[name] = StoredTensor(shape, type_name, _tensor_reader(reader.path, start + offset, size, shape, kind))
     ranges.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
         if begin < end:
@@ -157,93 +154,60 @@ def _read_tensors(reader: _Reader, count: int, alignment: Any) -> dict[str, Stor
     return tensors
 
 
-def _tensor_reader(
-    data: mmap.mmap, start: int, size: int, shape: tuple[int, ...], kind: int
-) -> Callable[[], np.ndarray]:
+def _tensor_reader(path: Path, start: int, size: int, shape: tuple[int, ...], kind: int) -> Callable[[], np.ndarray]:
     name, block, block_bytes = _TYPES[kind]
+    if name in PLAIN:
+        return plain_reader(path, start, size, shape, name)
 
     def read() -> np.ndarray:
-        if name in _PLAIN:
-            values: np.ndarray = np.frombuffer(data, _PLAIN[name], size // block_bytes, start).reshape(shape).copy()
-        else:
-            values = _dequantised(data, start, size, shape, name, block, block_bytes)
-        page = mmap.PAGESIZE  # the file's pages would count as memory of this process until others need them
-        first, last = -(-start // page) * page, (start + size) // page * page
-        if hasattr(data, "madvise") and last > first:
-            data.madvise(mmap.MADV_DONTNEED, first, last - first)
-        return values
+        from gguf import GGMLQuantizationType, quants  # 0.1 s, for nothing where there is no GGUF
+
+        blocks, group = size // block_bytes, _GROUP_ELEMENTS // block
+        values = aligned((blocks, block), np.float32)
+        # A damaged scale may be infinite: who loads the tensor looks.
+        with open(path, "rb") as file, np.errstate(all="ignore"):
+            file.seek(start)
+            for i in range(0, blocks, group):
+                row = np.fromfile(
+                    file, np.uint8, group * block_bytes if i + group < blocks else (blocks - i) * block_bytes
+                )
+                # As one row: `gguf` would loop over groups of 16 in Python.
+                values[i : i + group] = quants.dequantize(row[None], GGMLQuantizationType[name]).reshape(-1, block)
+        return values.reshape(shape)
 
     return read
 
 
-def _dequantised(
-    data: mmap.mmap, start: int, size: int, shape: tuple[int, ...], name: str, block: int, block_bytes: int
-) -> np.ndarray:
-    from gguf import GGMLQuantizationType, quants  # 0.1 s, for nothing where there is no GGUF
+def write_gguf(path: Path, metadata: dict[str, Any], tensors: TensorWriter) -> None:
+    """Write settings and tensors of the kinds F32, F16, BF16 and Q8_0, one in memory at a time.
 
-    blocks = np.frombuffer(data, np.uint8, size, start).reshape(-1, block_bytes)
-    values = aligned((len(blocks), block), np.float32)
-    group = _GROUP_ELEMENTS // block
-    with np.errstate(all="ignore"):  # a damaged scale may be infinite: who loads the tensor looks
-        for i in range(0, len(blocks), group):
-            row = blocks[i : i + group].reshape(1, -1)  # one row: `gguf` would loop over groups of 16 in Python
-            values[i : i + group] = quants.dequantize(row, GGMLQuantizationType[name]).reshape(-1, block)
-    return values.reshape(shape)
-
-
-def write_gguf(
-    path: Path,
-    metadata: dict[str, Any],
-    tensors: Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]],
-) -> None:
-    """Write settings and (name, row-major shape, kind, a function that gives the array), one tensor at a time.
-
-    Kinds: F32, F16, BF16, Q8_0. The caller renames: a file that is not complete has no name of its own.
+    The caller renames: a file that is not complete has no name of its own.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
     listed = list(tensors)
     writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
-        if key != "general.architecture":
-            _add(writer, key, value)
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif key != "general.architecture":
+            of_value = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, of_value)
     for name, shape, kind, _ in listed:
-        quantised = GGMLQuantizationType[kind]
-        stored = quants.quant_shape_to_byte_shape(shape, quantised) if kind not in _PLAIN else shape
-        number = int(np.prod(shape))
-        writer.add_tensor_info(
-            name,
-            stored,
-            np.dtype(np.uint8) if kind not in _PLAIN else np.dtype(np.float32),
-            number // _TYPES[quantised.value][1] * _TYPES[quantised.value][2],
-            quantised,
-        )
+        quantised, plain = GGMLQuantizationType[kind], kind in PLAIN
+        stored = shape if plain else quants.quant_shape_to_byte_shape(shape, quantised)
+        size = math.prod(shape) // _TYPES[quantised.value][1] * _TYPES[quantised.value][2]
+        writer.add_tensor_info(name, stored, np.dtype(np.float32 if plain else np.uint8), size, quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, _, kind, read in listed:
         values = np.ascontiguousarray(read(), np.float32)
-        if kind in _PLAIN:
-            writer.write_tensor_data(values.astype(_PLAIN[kind]).view(np.uint8))
+        if kind in PLAIN:
+            writer.write_tensor_data(values.astype(PLAIN[kind]).view(np.uint8))
         else:
             writer.write_tensor_data(quants.quantize(values, GGMLQuantizationType[kind]))
     writer.flush()
     for file in writer.fout or ():
         os.fsync(file.fileno())
     writer.close()
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int() if 0 <= value < 2**32:
-            writer.add_uint32(key, value)
-        case int():
-            writer.add_int64(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _ if len(value):
-            writer.add_array(key, value)

@@ -1,7 +1,7 @@
 """Any model that jaxgpt can read: a run directory, a Hugging Face directory, or a .gguf file."""
 
-import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json
 from jaxgpt.generation.engine import for_decoding
 from jaxgpt.interop.configs import read_config, read_gguf_config
-from jaxgpt.interop.families import Family
 from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.interop.safetensors_dir import read_safetensors
 from jaxgpt.interop.stored import StoredTensor
@@ -20,22 +19,14 @@ from jaxgpt.interop.weights import Layout, check_tensors, load_parameters
 from jaxgpt.model import Transformer
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.run import TrainedModel, load_run
+from jaxgpt.run import read_config as read_run
 
 Dtype = Literal["float32", "bfloat16"]
-_POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel(TrainedModel):
-    """A model and its tokenizer, ready for use on the current mesh."""
-
-    family: Family | None
-    """The one that other people's files declare; None for a run directory."""
 
 
 def load_model(
     path: Path, *, step: int | None = None, dtype: Dtype | None = None, for_training: bool = False
-) -> LoadedModel:
+) -> TrainedModel:
     """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`.
 
     Parameters are ready for decoding: each layer has arrays of its own, matrices in the compute dtype. `for_training`
@@ -44,70 +35,62 @@ def load_model(
     """
     if _is_run(path):
         trained = load_run(path, step)
-        model = trained.model if for_training else for_decoding(trained.model)
-        return LoadedModel(trained.config, trained.tokenizer, model, None)
+        return trained if for_training else replace(trained, model=for_decoding(trained.model))
     tokenizer = open_tokenizer(path)
     family, model = load_weights(path, dtype=dtype, for_training=for_training)
     if (more := tokenizer.vocab_size - (model.config.vocab_size or 0)) > 0:
         if more > 1000:
             raise BadFileError(f"model {path}: {more} tokens of its tokenizer have no embedding; take the one it had")
         print(f"jaxgpt: {path}: {more} tokens of its tokenizer have no embedding", file=sys.stderr)
-    return LoadedModel(model.config, tokenizer, model, family)
+    return TrainedModel(model.config, tokenizer, model, family)
 
 
-def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool = False) -> tuple[Family, Transformer]:
+def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool = False) -> tuple[str, Transformer]:
     """The family and the parameters of a foreign model, without its tokenizer; as `load_model` otherwise."""
     where = f"model {path}"
-    layout, tensors, positions = open_model(path)
-    check_tensors(layout, tensors, positions, where)
-    config = dataclasses.replace(layout.config, dtype=dtype or "float32")
+    layout, tensors = open_model(path)
+    check_tensors(layout, tensors, where)
+    config = replace(layout.config, dtype=dtype or "float32")
     if config.rope_scaling == "longrope":
-        print(
-            f"jaxgpt: {path}: texts of up to {config.rope_original_context} tokens take the short rotary factors, "
-            f"longer ones the long factors",
-            file=sys.stderr,
-        )
-    abstract = jax.eval_shape(lambda: _abstract(config, for_training))
-    return layout.family, load_parameters(abstract, dataclasses.replace(layout, config=config), tensors, where)
+        short = f"texts of up to {config.rope_original_context} tokens"
+        print(f"jaxgpt: {path}: {short} take the short rotary factors, longer ones the long", file=sys.stderr)
+
+    def skeleton() -> Transformer:
+        model = Transformer(config, jax.random.key(0))
+        return model if for_training else for_decoding(model)
+
+    parameters = load_parameters(jax.eval_shape(skeleton), replace(layout, config=config), tensors, where)
+    return layout.family.model_type, parameters
 
 
-def _abstract(config: ModelConfig, for_training: bool) -> Transformer:
-    model = Transformer(config, jax.random.key(0))
-    return model if for_training else for_decoding(model)
-
-
-def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor], set[str]]:
-    """Configuration and layout of a foreign model, its tensors, and the names of those that describe positions."""
+def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
+    """Configuration and layout of a foreign model, and its tensors, not yet read."""
     where = f"model {path}"
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadFileError(f"{where}: it must be a .gguf file, or a directory with config.json")
         gguf = read_gguf(path)
-        family, config = read_gguf_config(gguf.metadata, gguf.tensors, where)
-        return Layout(family, config, gguf=True), gguf.tensors, _POSITIONS
-    family, config = read_config(_read_hf(path), f"{path / 'config.json'}")
-    tensors = read_safetensors(path)
-    prefix = family.prefix
-    named = {name if name.startswith((prefix, "lm_head.")) else prefix + name: t for name, t in tensors.items()}
-    return Layout(family, config, gguf=False), named, set()
+        return Layout(*read_gguf_config(gguf.metadata, gguf.tensors, where), gguf=True), gguf.tensors
+    layout = Layout(*read_config(_read_config_json(path), str(path / "config.json")), gguf=False)
+    prefix, tensors = layout.family.prefix, read_safetensors(path)
+    return layout, {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
 
 
 def model_config(path: Path) -> ModelConfig:
     """The configuration of any model, without reading its parameters."""
-    if _is_run(path):
-        from jaxgpt.run import read_config as read_run
-
-        return read_run(path).model
-    return open_model(path)[0].config
+    return read_run(path).model if _is_run(path) else open_model(path)[0].config
 
 
-def _read_hf(path: Path) -> dict[str, Any]:
+def _read_config_json(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json", limit=16 * 2**20)
 
 
 def _is_run(path: Path) -> bool:
-    if not path.is_dir():
-        if path.exists():
-            return False
-        raise BadFileError(f"model {path}: there is no such file; name a run directory, a model directory or a .gguf")
-    return "model_type" not in _read_hf(path)
+    if path.is_file():
+        return False
+    if not (path / "config.json").exists():
+        raise BadFileError(
+            f"checkpoint {path}: there is no config.json; name a run directory of train.py, a Hugging Face model's "
+            f"directory, or a .gguf file"
+        )
+    return "model_type" not in _read_config_json(path)

@@ -7,19 +7,16 @@ that are absurd, names in an index that leave the directory.
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json, sync, write_atomically
-from jaxgpt.interop.stored import StoredTensor
+from jaxgpt.interop.stored import PLAIN, StoredTensor, TensorWriter, plain_reader
 
-_KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 * 2**20, 100_000, 8
@@ -68,7 +65,9 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         shape, kind, (begin, end) = (header[name][key] for key in ("shape", "dtype", "data_offsets"))
         if len(shape) > _MAX_DIMS or 0 in shape:
             raise BadFileError(f"model {path}: tensor {name!r} has the shape {shape}")
-        tensors[name] = StoredTensor(tuple(shape), kind, _tensor_reader(path, start + begin, end - begin, shape, kind))
+        tensors[name] = StoredTensor(
+            tuple(shape), kind, plain_reader(path, start + begin, end - begin, tuple(shape), kind)
+        )
     return tensors
 
 
@@ -88,28 +87,15 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         return 8 + length, json.loads(file.read(length), object_pairs_hook=unique)
 
 
-def _tensor_reader(path: Path, start: int, size: int, shape: list[int], kind: str) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        # Not mapped: pages of the file would count as memory of this process beside the copy that is made of them.
-        array = np.fromfile(path, _KINDS[kind], size // _KINDS[kind].itemsize, offset=start)
-        return array.reshape(shape)
-
-    return read
-
-
-def write_safetensors(
-    directory: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]],
-    max_shard_bytes: float = 5e9,
-) -> None:
-    """Write (name, shape, kind F32 or BF16, a function that gives the array), one tensor in memory at a time.
+def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: float = 5e9) -> None:
+    """Write tensors of the kinds F32 and BF16, one in memory at a time.
 
     More than `max_shard_bytes` go to several files and an index, in the names that other tools expect.
     """
     shards: list[list[tuple]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:
-        size = int(np.prod(tensor[1])) * _KINDS[tensor[2]].itemsize
+        size = int(np.prod(tensor[1])) * PLAIN[tensor[2]].itemsize
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
@@ -141,6 +127,6 @@ def _write_file(path: Path, tensors: list[tuple]) -> None:
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
         for _, _, kind, read, _ in tensors:
-            file.write(np.ascontiguousarray(read(), _KINDS[kind]).view(np.uint8).data)
+            file.write(np.ascontiguousarray(read(), PLAIN[kind]).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

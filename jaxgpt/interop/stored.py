@@ -1,9 +1,15 @@
 """A tensor in a model file, whatever the format: known by its shape, read when it is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+
+PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+TensorWriter = Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]
+"""Name, row-major shape, kind, and a function that gives the array when its turn comes."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,14 @@ class StoredTensor:
     kind: str
     """The type in the file: F32, F16, BF16, Q4_K ..."""
     read: Callable[[], np.ndarray]
+
+
+def plain_reader(path: Path, start: int, size: int, shape: tuple[int, ...], kind: str) -> Callable[[], np.ndarray]:
+    """Reads numbers as they are stored. Not mapped: the file's pages would count as memory beside what is made of them.
+
+    Raises KeyError, when it reads, for a kind that is not in PLAIN: the caller has compared kinds before.
+    """
+    return lambda: np.fromfile(path, PLAIN[kind], size // PLAIN[kind].itemsize, offset=start).reshape(shape)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:

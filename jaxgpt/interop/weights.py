@@ -123,7 +123,7 @@ def _names(config: ModelConfig) -> set[str]:
     return {parameter_name(path).removeprefix("layers.") for path in paths}
 
 
-def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], extra: set[str], where: str) -> None:
+def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) -> None:
     """Raise BadFileError, naming the tensor, unless exactly those of the configuration are there in their shapes.
 
     Tensors that older files hold although they are computed, or tied to another, are counted on standard error.
@@ -144,7 +144,7 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], extra: set[s
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
     if unused:
         print(f"jaxgpt: {where}: {len(unused)} tensors are computed here, such as {unused[0]}", file=sys.stderr)
-    unknown = [name for name in left if name not in unused and name not in extra]
+    unknown = [name for name in left if name not in unused and (not layout.gguf or name != "rope_freqs.weight")]
     if unknown:
         raise BadFileError(
             f"{where}: {len(unknown)} tensors are unknown to {layout.family.model_type}, such as {unknown[0]}; this "

@@ -30,6 +30,15 @@ class Cache(NamedTuple):
         return self.layers[0][0].shape[1]
 
 
+class _Context(NamedTuple):
+    """What all layers share: positions, document numbers, the distinct rotations and which of them each layer uses."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+    rotations: tuple[Rotation | None, ...]
+    kinds: tuple[int, ...]
+
+
 class Transformer(nnx.Module):
     """A GPT. `layers` is one Block whose parameters carry a leading axis L, or a tuple of L Blocks (`unstacked`)."""
 
@@ -51,21 +60,9 @@ class Transformer(nnx.Module):
         self.final_norm = None if config.norm_position == "post" else Norm("D", config)
         self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", table, 0.02)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] after the last norm, and the cache with this call's keys and values.
-
-        `segments_BT` numbers the packed documents of a row: a token sees its own document only. With a cache,
-        positions say into which slots keys and values go; a position beyond the cache is not written.
-        """
-        return self.with_router_losses(tokens_BT, positions_BT, segments_BT, cache, dropout_key)[:2]
+    def __call__(self, tokens_BT: jax.Array, **options: Any) -> tuple[jax.Array, Cache | None]:
+        """Hidden states and cache of `with_router_losses`, which says what the options are."""
+        return self.with_router_losses(tokens_BT, **options)[:2]
 
     def with_router_losses(
         self,
@@ -75,7 +72,12 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """As a call, and the mean over the layers of `router_losses` [2]: None without experts or with a cache."""
+        """Hidden states [B, T, D] after the last norm, the cache with this call's keys and values, and the mean over
+        the layers of `router_losses` [2]: None without experts or with a cache.
+
+        `segments_BT` numbers the packed documents of a row: a token sees its own document only. With a cache,
+        positions say into which slots keys and values go; a position beyond the cache is not written.
+        """
         losses = None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -83,23 +85,22 @@ class Transformer(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
-        rotations, kinds = self._rotations(positions_BT, cache)
+        length = tokens_BT.shape[1] if cache is None else cache.length
+        context = _Context(positions_BT, segments_BT, *self._rotations(positions_BT, length))
         if cache is None:
-            x_BTD, losses = self._train_layers(x_BTD, positions_BT, segments_BT, rotations, kinds, keys[1])
+            x_BTD, losses = self._train_layers(x_BTD, context, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
-            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, rotations, kinds, cache)
+            x_BTD, cache = self._cached_layers(x_BTD, context, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
-    def _rotations(
-        self, positions_BT: jax.Array, cache: Cache | None
-    ) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
+    def _rotations(self, positions_BT: jax.Array, length: int) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
         """The distinct rotations, and the number of the one that each layer uses."""
         config = self.config
         if config.positions != "rotary":
             return (None,), (0,) * config.n_layers
-        tables, kinds = rotary_kinds(config, positions_BT.shape[1] if cache is None else cache.length)
+        tables, kinds = rotary_kinds(config, length)
         factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
         return rotations_of(positions_BT, tables, factor), kinds
 
@@ -118,16 +119,10 @@ class Transformer(nnx.Module):
         return x_BTD
 
     def _train_layers(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array | None,
-        rotations: tuple[Rotation | None, ...],
-        kinds: tuple[int, ...],
-        key: jax.Array | None,
+        self, x_BTD: jax.Array, context: _Context, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
-        config = self.config
+        config, (positions_BT, segments_BT, rotations, kinds) = self.config, context
         segments = None if segments_BT is None else (segments_BT, segments_BT)
 
         def run(x_BTD: jax.Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
@@ -157,17 +152,11 @@ class Transformer(nnx.Module):
         x_BTD, losses_L2 = jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))
         return x_BTD, None if losses_L2 is None else losses_L2.mean(0)
 
-    def _cached_layers(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        rotations: tuple[Rotation | None, ...],
-        kinds: tuple[int, ...],
-        cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
+    def _cached_layers(self, x_BTD: jax.Array, context: _Context, cache: Cache) -> tuple[jax.Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache.length, dtype=jnp.int32)[None]
         new = []
+        positions_BT, _, rotations, kinds = context
         windows = self.config.layer_windows
         for layer, window, kind, old in zip(self._each_layer(), windows, kinds, cache.layers, strict=True):
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)

@@ -18,15 +18,9 @@ from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer, gpt2_json
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
-    "SPACE",
-    "TOKENIZER_FILES",
-    "JsonTokenizer",
-    "SentencePieceTokenizer",
-    "StreamDecoder",
-    "Tokenizer",
-    "load_tokenizer",
-    "train_tokenizer",
-]
+    "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "StreamDecoder", "Tokenizer",
+    "load_tokenizer", "train_tokenizer",
+]  # fmt: skip
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """What is looked for in a directory, in this order."""
