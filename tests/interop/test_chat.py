@@ -134,6 +134,13 @@ def test_spellings_that_overlap_are_all_text(names: tuple[str, ...], text: str) 
     assert ids == tokenizer.encode(text) and not specials(tokenizer, ids)
 
 
+def test_the_longest_spelling_counts() -> None:
+    tokenizer = byte_level("<a", "<a>")
+    tokenizer.chat_template = "<a>{{ messages[0].content }}<a"
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "<a>"}])
+    assert ids == [257, *tokenizer.encode("<a>"), 256]
+
+
 def test_text_that_a_tokenizer_normalises_to_a_special_token_stays_text() -> None:
     tokenizer = byte_level(normalizer=tokenizers.normalizers.NFKC())
     fullwidth = "".join(chr(ord(character) + 0xFEE0) for character in SPECIAL[1])
@@ -262,6 +269,9 @@ def test_the_oldest_messages_make_room(system: list[dict[str, str]], capsys: pyt
     assert capsys.readouterr().err == (
         f"jaxgpt: the context of {context} tokens is full: the 2 oldest messages are forgotten\n"
     )
+    fit(FakeEngine(tokenizer, len(ids) * 4 // 3 + 1, []), tokenizer, messages, 1000)
+    assert messages == [*system, *turns[2:]], "a quarter of the context is room enough"
+    assert "forgotten" not in capsys.readouterr().err
     fit(FakeEngine(tokenizer, 80, []), tokenizer, messages, 60)
     assert messages == [*system, turns[-1]]
     said = capsys.readouterr().err
