@@ -4,16 +4,14 @@ A tokenizer that is trained here survives every text exactly: no normalisation (
 whitespace kept), byte fallback for characters without a piece, and U+2581, which SentencePiece uses for a space, is
 spelt by its three bytes. Its ids: 0 pad, 1 bos, 2 eos, 3 unknown (never used), then the configured special tokens, 256
 bytes, learned pieces. Other people's keep what they do, such as a dummy prefix or Unicode's NFC.
-Special tokens are never read from text, whatever it spells, unless `allow_special` asks for it.
-"""
+Special tokens are never read from text, whatever it spells, unless `allow_special` asks for it."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json
-from jaxgpt.tokenizer.base import SPACE, Settings, StreamDecoder, Tokenizer
+from jaxgpt.tokenizer.base import SPACE, Settings, StreamDecoder, Tokenizer, reading
 from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer, gpt2_json
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
@@ -29,35 +27,32 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """A .model file, a tokenizer.json, or a directory with one of them (or GPT-2's vocab.json and merges.txt).
 
-    Raises BadFileError when it is missing or no usable model.
-    """
+    Raises BadFileError when it is missing or no usable model."""
     path = Path(path)
-    settings = _read_settings(path if path.is_dir() else path.parent)
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).exists()), path / "tokenizer.model")
     where = f"tokenizer {path}"
     try:
         if path.stat().st_size > MAX_BYTES:
             raise BadFileError(f"{where} is larger than {MAX_BYTES} bytes; restore the file")
-        content = path.read_bytes()
+        content = gpt2_json(path) if path.name == "vocab.json" else path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise BadFileError(f"{where}: there is no such file; check tokenizer.path") from None
-    if path.name == "vocab.json":
-        content = gpt2_json(path)
-    if path.suffix == ".json":
-        return JsonTokenizer(content, where, settings)
-    return SentencePieceTokenizer(content, where, settings)
+    with reading(where):
+        of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        return of_kind(content, where, _read_settings(path.parent))
 
 
 def _read_settings(directory: Path) -> Settings:
-    """The settings beside a tokenizer: tokenizer_config.json, generation_config.json, chat_template.jinja."""
+    """The settings beside a tokenizer: tokenizer_config.json, chat_template.jinja, config.json."""
     found: Settings = {}
     if (path := directory / "tokenizer_config.json").exists():
         found = read_json(path, limit=64 * 2**20)
     if (path := directory / "chat_template.jinja").exists():
         found["chat_template"] = path.read_bytes()[:MAX_BYTES].decode(errors="replace")
-    ends: Any = []
-    if (path := directory / "generation_config.json").exists():
-        ends = read_json(path, limit=2**20).get("eos_token_id") or []
-    found["end_tokens"] = [*found.get("end_tokens", []), *(ends if isinstance(ends, list) else [ends])]
+    for name in ("generation_config.json", "config.json"):  # the second where there is no first
+        if (path := directory / name).exists():
+            ends = read_json(path, limit=2**20).get("eos_token_id", [])
+            found["end_tokens"] = [*found.get("end_tokens", []), *(ends if isinstance(ends, list) else [ends])]
+            break
     return found

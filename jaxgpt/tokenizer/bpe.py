@@ -1,9 +1,7 @@
 """tokenizer.json files, through the `tokenizers` library, and how one is made of tokens and merges."""
 
 import json
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ import tokenizers
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import read_json
-from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, has_surrogate, surrogate_error
+from jaxgpt.tokenizer.base import Settings, Tokenizer, spelt, surrogate_error
 
-MAX_BYTES, _MAX_VOCABULARY = 256 * 2**20, 2**24
+MAX_BYTES = 256 * 2**20
 
 
 class JsonTokenizer(Tokenizer):
@@ -24,82 +22,83 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, model_bytes: bytes, where: str = "tokenizer", settings: Settings | None = None) -> None:
         """Raises BadFileError when `model_bytes` is no tokenizer of these kinds."""
         try:
-            parsed = json.loads(model_bytes)
-            kind, decoder = parsed["model"]["type"], json.dumps(parsed["decoder"])
-            self._model = tokenizers.Tokenizer.from_str(model_bytes.decode())
+            self._model = tokenizers.Tokenizer.from_buffer(model_bytes)
         except Exception as error:  # `tokenizers` raises nothing narrower
             why = f"{type(error).__name__}: {error}"[:120]
             raise BadFileError(f"{where} is not a tokenizer.json ({why}); restore the file") from None
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self._model.no_truncation()  # which some files have from their training
+        self._model.no_padding()
+        kind, vocabulary = type(self._model.model).__name__, self._model.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=-1) + 1
-        if (
-            kind not in ("BPE", "Unigram")
-            or not 0 < size <= _MAX_VOCABULARY
-            or len(set(vocabulary.values())) < size // 2
-        ):
+        if kind not in ("BPE", "Unigram") or not len(vocabulary) <= size <= 2 * len(vocabulary):
             raise BadFileError(f"{where}: {kind} with ids up to {size} is not implemented; only BPE and Unigram are")
+        if kind == "BPE":
+            self._model.model.dropout = None
         pieces = [""] * size
         for piece, token in vocabulary.items():
             pieces[token] = piece
         added = self._model.get_added_tokens_decoder()
-        self._literal = {token for token, piece in added.items() if not piece.special}
-        self.byte_level = "ByteLevel" in decoder
-        super().__init__(model_bytes, where, pieces, {token for token, piece in added.items() if piece.special})
-        self._byte_ids = {self.token_bytes[i][0]: i for i, p in enumerate(pieces) if re.fullmatch("<0x[0-9A-F]{2}>", p)}
-        self._missing = set(range(0xF5)) - {0xC0, 0xC1} - {b[0] for b in self.token_bytes if len(b) == 1}
-        self._missing = self._missing if self.byte_level else set()  # of the bytes that UTF-8 has
-        alone, framed = (self._model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        special = {token for token, piece in added.items() if piece.special}
+        self.byte_level = "ByteLevel" in repr(self._model.decoder)
+        read = _from_alphabet if self.byte_level else spelt
+        token_bytes = [
+            b"" if i in special else piece.encode() if i in added and self.byte_level else read(piece)
+            for i, piece in enumerate(pieces)
+        ]
+        super().__init__(model_bytes, where, pieces, token_bytes, special)
+        bytes_of_utf8 = set(range(0xF5)) - {0xC0, 0xC1} if self.byte_level else set()
+        self._missing = bytes_of_utf8 - {raw[0] for raw in token_bytes if len(raw) == 1}
+        alone, framed = (self._model.encode("a", add_special_tokens=frame).ids for frame in (False, True))
         start = next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), 0)
         self.bos_ids = framed[:start]
         self.bos_id = self.bos_ids[0] if self.bos_ids else -1
         self.eos_id = self.pad_id = -1
         self._prefix = " " if self.decode_bytes(alone) == b" a" else ""
-        self._take({key: value for key, value in (settings or {}).items() if key != "add_bos_token"})
+        # The library would put a dummy prefix before each part.
+        self._spells_space = self._spells_space and not self.byte_level and not self._prefix
+        self._take({k: v for k, v in (settings or {}).items() if k != "add_bos_token"})
+        self._check()
         self.bos_id, self.pad_id = (self.eos_id if token < 0 else token for token in (self.bos_id, self.pad_id))
 
-    def _bytes_of(self, token: int) -> bytes:
-        piece = self._pieces[token]
-        if self.byte_level and token in self._literal:
-            return piece.encode()
-        if self.byte_level:
-            return b"".join(_BYTE_OF.get(character, character.encode()) for character in piece)
-        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE, " ").encode()
+    def _check(self) -> None:
+        if self.eos_id < 0:
+            raise BadFileError(f"{self.where}: nothing ends a text; name its eos_token in tokenizer_config.json")
+        if forged := [name for name, i in self.special_tokens.items() if i in self._encode_plain(name)]:
+            raise BadFileError(f"{self.where} reads {forged[0]!r} in any text as that special token; take another one")
+        if not self.byte_level and len(self._byte_ids) < 256:
+            print(f"jaxgpt: {self.where}: characters that it does not know are lost", file=sys.stderr)
 
-    def _encode_plain(self, text: str, alpha: float = 0.0, *, first: bool = True) -> list[int]:
+    def _encode_part(self, text: str, alpha: float) -> list[int]:
         if alpha > 0:
             raise ConfigError(f"{self.where}: sampling_alpha is only for SentencePiece models; leave it at 0")
-        # U+2581 would come back as a space; with a dummy prefix each part would get one, so there it does.
-        apart = not self.byte_level and not self._prefix and len(self._byte_ids) == 256
-        ids: list[int] = []
-        for i, part in enumerate(text.split(SPACE) if apart else [text]):
-            if i:
-                ids += (self._byte_ids[byte] for byte in SPACE.encode())
-            ids += self._encode_as(part, special=False)
+        self._model.encode_special_tokens = True
+        self._report_lost(text)
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _encode_special(self, text: str) -> list[int]:
-        return self._encode_as(text, special=True)
+    def _encode_many(self, texts: list[str], threads: int | None) -> list[list[int]]:
+        self._model.encode_special_tokens = True
+        found = self._model.encode_batch(texts, add_special_tokens=False)  # on as many cores as the library decides
+        self._report_lost("".join(texts))
+        return [each.ids for each in found]
 
-    def _encode_as(self, text: str, *, special: bool) -> list[int]:
-        self._model.encode_special_tokens = not special
+    def _encode_special(self, text: str) -> list[int]:
+        self._model.encode_special_tokens = False
         try:
-            lost = self._missing and self._missing.intersection(text.encode())
+            self._report_lost(text)
             ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):
             raise surrogate_error(text) from None
-        if lost:
-            print(f"jaxgpt: {self.where} has no token for bytes {bytes(lost).hex(' ')}: left out", file=sys.stderr)
-            self._missing -= lost  # said once
         return ids
 
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text, on all cores (the library decides how many)."""
-        self._model.encode_special_tokens = True
-        if any(SPACE in text or (not text.isprintable() and has_surrogate(text)) for text in texts):
-            return [self._encode_plain(text) for text in texts]
-        return [found.ids for found in self._model.encode_batch(list(texts), add_special_tokens=False)]
+    def _report_lost(self, text: str) -> None:
+        if self._missing and (lost := self._missing.intersection(text.encode())):
+            print(f"jaxgpt: {self.where} has no token for bytes {bytes(lost).hex(' ')}: left out", file=sys.stderr)
+            self._missing -= lost  # said once
+
+
+def _from_alphabet(piece: str) -> bytes:
+    return b"".join(_BYTE_OF.get(character, character.encode()) for character in piece)
 
 
 def _byte_alphabet() -> dict[str, bytes]:
@@ -122,14 +121,11 @@ def byte_level_json(
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
     built: Settings = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": tokens, "merges": merges, "fuse_unk": False, "byte_fallback": False},
-    }
+        "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Sequence",
+        "pretokenizers": [*splits, byte_level]}, "post_processor": None, "decoder": {"type": "ByteLevel",
+        "add_prefix_space": True, "trim_offsets": True, "use_regex": True}, "model": {"type": "BPE", "vocab": tokens,
+        "merges": merges, "fuse_unk": False, "byte_fallback": False},
+    }  # fmt: skip
     return built | more
 
 

@@ -3,14 +3,14 @@
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sentencepiece
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, surrogate_error
+from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, spelt
 
 _PROBE = f" a  b\r\n\t{SPACE}\n   \x00\ufeffe\u0301 \U0001f642</s><0x41> "
 
@@ -31,53 +31,28 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
         self.pad_id = model.pad_id() if model.pad_id() >= 0 else self.eos_id
         self.bos_ids = [self.bos_id]
-        silent = {i for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)}
-        super().__init__(model_bytes, where, pieces, {i for i in silent if model.is_control(i)})
-        for i in silent:
-            self.token_bytes[i] = b""
-        self._byte_ids = {self.token_bytes[i][0]: i for i in range(self.vocab_size) if model.is_byte(i)}
+        special = {i for i in range(len(pieces)) if model.is_control(i)}
+        silent = {i for i in range(len(pieces)) if model.is_unknown(i) or model.is_unused(i)} | special
+        token_bytes = [b"" if i in silent else spelt(piece) for i, piece in enumerate(pieces)]
+        super().__init__(model_bytes, where, pieces, token_bytes, special)
         self._take(settings or {})
         if self.decode_bytes(model.encode("a")) == b" a":
             # Every call would add the dummy prefix, also in the middle of a text that is encoded in parts.
-            self._prefix, self._model = " ", _without_prefix(model_bytes)
-        if (
-            min(self.bos_id, self.eos_id) < 0
-            or len(self._byte_ids) != 256
-            or self.decode(self.encode(_PROBE)) != _PROBE
-        ):
+            self._prefix = self._dummy = " "
+            self._model = _without_prefix(model_bytes)
+        if min(self.bos_id, self.eos_id) < 0 or not self._spells_space or self.decode(self.encode(_PROBE)) != _PROBE:
             raise BadFileError(
                 f"{where} cannot reproduce every text: it needs bos, eos, byte fallback and identity normalisation; "
                 f"leave tokenizer.path empty to train one that has them"
             )
 
-    def _bytes_of(self, token: int) -> bytes:
-        piece = self._pieces[token]
-        if self._model.is_byte(token):
-            return bytes([int(piece[3:5], 16)])  # <0xE2>
-        return piece.replace(SPACE, " ").encode()
-
-    def _encode_plain(self, text: str, alpha: float = 0.0, *, first: bool = True) -> list[int]:
-        ids: list[int] = []
-        text = self._prefix + text if first and text else text
-        for i, part in enumerate(text.split(SPACE)):
-            if i:
-                ids += (self._byte_ids[byte] for byte in SPACE.encode())
-            try:
-                ids += self._model.encode(part, enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
-            except RuntimeError:
-                raise surrogate_error(text.removeprefix(self._prefix if first else "")) from None
+    def _encode_part(self, text: str, alpha: float) -> list[int]:
+        ids: list[int] = self._model.encode(text, enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
         return ids
 
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text, on all cores unless `threads` says otherwise."""
-        plain = ["" if SPACE in text else self._prefix + text if text else "" for text in texts]
-        try:
-            ids = self._model.encode(plain, num_threads=threads or os.cpu_count() or 1)
-        except (RuntimeError, TypeError):  # a lone surrogate: the slow way names its place
-            return [self._encode_plain(text) for text in texts]
-        return [
-            self._encode_plain(text) if SPACE in text else of_text for text, of_text in zip(texts, ids, strict=True)
-        ]
+    def _encode_many(self, texts: list[str], threads: int | None) -> list[list[int]]:
+        ids: list[list[int]] = self._model.encode(texts, num_threads=threads or os.cpu_count() or 1)
+        return ids
 
 
 def _without_prefix(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -95,8 +70,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
 
     A document is one SentencePiece sentence, so that line ends and indentation are learned too (a model trained on
     lines needs 6 % more tokens for Python). Tabs stay single bytes: SentencePiece keeps them for itself.
-    Raises ConfigError when the vocabulary does not fit the text, BadFileError when there is no text.
-    """
+    Raises ConfigError when the vocabulary does not fit the text, BadFileError when there is no text."""
     if reserved := {"<pad>", "<s>", "</s>", "<unk>"}.intersection(config.special_tokens):
         raise ConfigError(f"tokenizer.special_tokens: {', '.join(sorted(reserved))} exists already; leave it out")
     model = io.BytesIO()
