@@ -17,7 +17,7 @@ from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
     "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "StreamDecoder", "Tokenizer",
-    "load_tokenizer", "train_tokenizer",
+    "load_tokenizer", "reading", "train_tokenizer",
 ]  # fmt: skip
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -45,9 +45,9 @@ class Tokenizer(ABC):
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self.special_tokens = {pieces[i]: i for i in sorted(special)}
         names = [f"<0x{byte:02X}>" for byte in range(256)]
-        self._byte_ids = [self._ids[name] for name in names if name in self._ids]
-        self._spells_space = len(self._byte_ids) == 256  # U+2581 by its bytes: as a piece it would come back as a space
-        self._prefix = self._dummy = ""  # what a whole text loses when decoded, and gets here before it is encoded
+        self.byte_ids = [self._ids[name] for name in names if name in self._ids]
+        self._spells_space = len(self.byte_ids) == 256  # U+2581 by its bytes: as a piece it would come back as a space
+        self.prefix = self._dummy = ""  # what a whole text loses when decoded, and gets here before it is encoded
 
     @abstractmethod
     def _encode_part(self, text: str, alpha: float) -> list[int]: ...
@@ -60,7 +60,7 @@ class Tokenizer(ABC):
         ids: list[int] = []
         try:
             for i, part in enumerate(whole.split(SPACE) if self._spells_space else [whole]):
-                ids += [self._byte_ids[byte] for byte in SPACE.encode()] if i else []
+                ids += [self.byte_ids[byte] for byte in SPACE.encode()] if i else []
                 ids += self._encode_part(part, alpha)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             raise surrogate_error(text) from None
@@ -159,7 +159,7 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The whole text that `ids` encode, without a dummy prefix; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self._prefix)
+        return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self.prefix)
 
     def piece(self, token: int) -> str:
         """How the model writes one id, such as `▁return`, `<0x0A>` or `<s>`."""

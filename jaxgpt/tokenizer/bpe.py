@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ class JsonTokenizer(Tokenizer):
         self.bos_ids = framed[:start]
         self.bos_id = self.bos_ids[0] if self.bos_ids else -1
         self.eos_id = self.pad_id = -1
-        self._prefix = " " if self.decode_bytes(alone) == b" a" else ""
+        self.prefix = " " if self.decode_bytes(alone) == b" a" else ""
         # The library would put a dummy prefix before each part.
-        self._spells_space = self._spells_space and not self.byte_level and not self._prefix
+        self._spells_space = self._spells_space and not self.byte_level and not self.prefix
         self._take({k: v for k, v in (settings or {}).items() if k != "add_bos_token"})
         self._check()
         self.bos_id, self.pad_id = (self.eos_id if token < 0 else token for token in (self.bos_id, self.pad_id))
@@ -65,8 +66,13 @@ class JsonTokenizer(Tokenizer):
             raise BadFileError(f"{self.where}: nothing ends a text; name its eos_token in tokenizer_config.json")
         if forged := [name for name, i in self.special_tokens.items() if i in self._encode_plain(name)]:
             raise BadFileError(f"{self.where} reads {forged[0]!r} in any text as that special token; take another one")
-        if not self.byte_level and len(self._byte_ids) < 256:
+        if not self.byte_level and len(self.byte_ids) < 256:
             print(f"jaxgpt: {self.where}: characters that it does not know are lost", file=sys.stderr)
+
+    def parsed(self) -> Settings:
+        """The tokenizer.json with every setting written out, also those that the file leaves to the library."""
+        found: Settings = json.loads(self._model.to_str())
+        return found
 
     def _encode_part(self, text: str, alpha: float) -> list[int]:
         if alpha > 0:
@@ -113,20 +119,20 @@ _BYTE_OF = _byte_alphabet()
 
 
 def byte_level_json(
-    tokens: dict[str, int], merges: list[Any], *, splits: list[Settings], words: bool, **more: Any
-) -> Settings:
+    tokens: dict[str, int], merges: list[Any], *, splits: Sequence[Settings] = (), words: bool = True,
+    normalizer: Settings | None = None, ignore_merges: bool = False,
+) -> Settings:  # fmt: skip
     """A tokenizer.json of byte-level BPE.
 
-    `splits` are the pre-tokenizers that cut a text before it becomes bytes; with `words` GPT-2's pattern cuts it too.
-    """
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
-    built: Settings = {
-        "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Sequence",
-        "pretokenizers": [*splits, byte_level]}, "post_processor": None, "decoder": {"type": "ByteLevel",
-        "add_prefix_space": True, "trim_offsets": True, "use_regex": True}, "model": {"type": "BPE", "vocab": tokens,
-        "merges": merges, "fuse_unk": False, "byte_fallback": False},
+    `splits` are the pre-tokenizers that cut a text before it becomes bytes; with `words` GPT-2's pattern does so too."""
+    flags = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    pre_tokenizers = [*splits, flags | {"use_regex": words}]
+    model = {"type": "BPE", "vocab": tokens, "merges": merges, "fuse_unk": False, "byte_fallback": False}
+    return {
+        "version": "1.0", "added_tokens": [], "normalizer": normalizer, "post_processor": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "decoder": flags | {"use_regex": True}, "model": model | {"ignore_merges": ignore_merges},
     }  # fmt: skip
-    return built | more
 
 
 def gpt2_json(vocab: Path) -> bytes:
@@ -137,7 +143,7 @@ def gpt2_json(vocab: Path) -> bytes:
     except (OSError, UnicodeDecodeError) as error:
         raise BadFileError(f"tokenizer {vocab}: merges.txt beside it is unreadable ({error}); restore it") from None
     merges = [line for line in lines if line and not line.startswith("#version")]
-    built = byte_level_json(tokens, merges, splits=[], words=True)
+    built = byte_level_json(tokens, merges)
     if (end := "<|endoftext|>") in tokens:
         built["added_tokens"] = [added_token(tokens[end], end, special=True)]
     return json.dumps(built, ensure_ascii=False).encode()

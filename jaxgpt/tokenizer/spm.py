@@ -38,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._take(settings or {})
         if self.decode_bytes(model.encode("a")) == b" a":
             # Every call would add the dummy prefix, also in the middle of a text that is encoded in parts.
-            self._prefix = self._dummy = " "
+            self.prefix = self._dummy = " "
             self._model = _without_prefix(model_bytes)
         if min(self.bos_id, self.eos_id) < 0 or not self._spells_space or self.decode(self.encode(_PROBE)) != _PROBE:
             raise BadFileError(
