@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, run_command
@@ -152,29 +152,55 @@ def print_table(table: Table) -> None:
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """Show how a tokenizer cuts a text: pieces, ids and bytes."""
+    """Show how tokenizers cut a text: pieces, ids and bytes."""
 
     text: Positional[str]
     """The text, or - for standard input."""
-    tokenizer: str
-    """A SentencePiece .model file, or a run directory."""
+    tokenizer: UseAppendAction[tuple[str, ...]]
+    """A tokenizer's file, or a model of any kind. Several are shown side by side."""
 
 
 def tokenize(arguments: list[str], program: str = "jaxgpt tokenize") -> None:
     """Show the pieces, ids and bytes of a text."""
     options = parse(arguments, TokenizeOptions, program)
-    path = Path(options.tokenizer)
+    if not options.tokenizer:
+        raise ConfigError("tokenize: there is no --tokenizer; name a tokenizer's file or a model")
     from jaxgpt.interop.vocabulary import open_tokenizer
 
-    tokenizer = open_tokenizer(path)
     text = sys.stdin.buffer.read().decode(errors="surrogateescape") if options.text == "-" else options.text
-    rows = tokenizer.rows(text)
-    table = Table("piece", "id", "bytes", box=None, pad_edge=False)
-    for piece, token, raw in rows:
-        table.add_row(Text(repr(piece)[1:-1]), str(token), raw.hex(" "))
+    cuts = [open_tokenizer(Path(path)).rows(text) for path in options.tokenizer]
+    heads = ["piece"] if len(cuts) == 1 else [chr(ord("A") + i) for i in range(len(cuts))]
+    table = Table(*(head for name in heads for head in (name, "id")), "bytes", box=None, pad_edge=False)
+    for spans in _side_by_side(cuts):
+        cells: list[Text] = []
+        for rows in spans:
+            cells.append(Text("\n".join(repr(piece)[1:-1] for piece, _, _ in rows)))
+            cells.append(Text("\n".join(str(token) for _, token, _ in rows)))
+        raw = min((b"".join(raw for _, _, raw in rows) for rows in spans), key=len)  # without a dummy prefix
+        table.add_row(*cells, raw.hex(" "))
     print_table(table)
     size = len(text.encode())
-    print(f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
+    for name, path, rows in zip(heads, options.tokenizer, cuts, strict=True):
+        said = f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token"
+        print(said if len(cuts) == 1 else f"{name}: {said}, {len(rows) / max(size, 1):.2f} tokens per byte, {path}")
+
+
+Rows = list[tuple[str, int, bytes]]
+
+
+def _side_by_side(cuts: list[Rows]) -> list[list[Rows]]:
+    """What each tokenizer makes of the text up to every place where all of them end a token.
+
+    A place is the number of bytes behind it: what is before may be longer by a dummy prefix."""
+    behind = [[*itertools.accumulate((len(raw) for _, _, raw in reversed(rows)), initial=0)] for rows in cuts]
+    shared = set(behind[0]).intersection(*behind[1:])
+    spans: dict[int, list[Rows]] = {place: [[] for _ in cuts] for place in sorted(shared, reverse=True)}
+    for i, rows in enumerate(cuts):
+        place = 0
+        for row, end in zip(reversed(rows), behind[i], strict=False):
+            place = end if end in shared else place
+            spans[place][i].insert(0, row)
+    return [span for span in spans.values() if any(span)]
 
 
 def prepare(arguments: list[str], program: str = "jaxgpt data prepare") -> None:
