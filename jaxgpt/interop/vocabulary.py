@@ -128,9 +128,15 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> Json:
     metadata = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    if from_gguf(metadata, tokenizer.where).encode(_PROBE) != tokenizer.encode(_PROBE):
+    if not _alike(tokenizer, from_gguf(metadata, tokenizer.where)):
         raise _inexact(tokenizer)
     return metadata
+
+
+def _alike(tokenizer: Tokenizer, written: Tokenizer) -> bool:
+    pieces = [tokenizer.piece(i).replace(SPACE, " ") for i in range(min(tokenizer.vocab_size, 1000))]
+    texts = [_PROBE, *(f"x{piece}y" for piece in pieces)]  # user-defined pieces are among the first
+    return all(written.encode(text) == tokenizer.encode(text) for text in texts)
 
 
 def _inexact(tokenizer: Tokenizer) -> ConfigError:
@@ -191,13 +197,19 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     settings = tokenizer.settings() | {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer.write(directory)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        write_atomically(directory / "tokenizer.json", _json_of(tokenizer))
+        found = _json_of(tokenizer)
+        if _alike(tokenizer, JsonTokenizer(found, tokenizer.where, tokenizer.settings())):
+            write_atomically(directory / "tokenizer.json", found)
+        else:
+            print(f"jaxgpt: {tokenizer.where}: no tokenizer.json cuts as it does, so there is none", file=sys.stderr)
     content = json.dumps({k: v for k, v in settings.items() if v is not None}, indent=2, ensure_ascii=False)
     write_atomically(directory / "tokenizer_config.json", content.encode() + b"\n")
 
 
 def _json_of(tokenizer: SentencePieceTokenizer) -> bytes:
-    """The tokenizer.json that cuts every text as a SentencePiece model does (but for U+2581 written in the text)."""
+    """The tokenizer.json that cuts every text as a SentencePiece model does.
+
+    But U+2581 in a text is a space, and of two ways that a unigram model likes equally it may take the other."""
     proto = spm.ModelProto.FromString(tokenizer.model_bytes)
     types = [int(piece.type) for piece in proto.pieces]
     pieces = [_written(piece.piece, piece.type) for piece in proto.pieces]

