@@ -175,8 +175,8 @@ def _gguf_json(tokenizer: Tokenizer) -> Json:
             raise _inexact(tokenizer)
         joined = [" ".join(merge) for merge in merges]
         return {"model": "gpt2", "pre": name, "tokens": pieces, "token_type": types, "merges": joined}
-    # SentencePiece merges the two whose piece has the best score: the place of its first merge.
-    scores = {left + right: -float(place) for place, (left, right) in reversed(list(enumerate(merges)))}
+    # SentencePiece merges the two whose piece has the best score: the place of its merges.
+    scores = {left + right: -float(place) for place, (left, right) in enumerate(merges)}
     for i in tokenizer.byte_ids:
         types[i] = _BYTE
     if parsed["model"].get("unk_token") not in pieces:

@@ -127,17 +127,27 @@ def test_gguf_names_how_bytes_are_cut(pre: str) -> None:
     metadata = gguf_metadata(_json(_byte_level()), 280) | {"tokenizer.ggml.pre": pre}
     ours = from_gguf(metadata, "t")
     assert gguf_metadata(ours, 280)["tokenizer.ggml.pre"] == pre
+    del metadata["tokenizer.ggml.add_bos_token"]
+    implied = from_gguf(metadata | {"tokenizer.ggml.bos_token_id": 2}, "t").bos_ids
+    assert implied == ([2] if pre == "llama-bpe" else [])
     cut = {"gpt-2": ["Ġ", "12", "12"], "smollm": ["Ġ", "1", "2", "1", "2"]}
     cut |= {"llama-bpe": ["Ġ", "12", "1", "2"], "qwen2": ["Ġ", "1", "2", "1", "2"]}
     pieces = [piece for piece, _, _ in ours.rows(text)]
     assert pieces[pieces.index("in") + 1 :][: len(cut[pre])] == cut[pre]
 
 
-def test_gguf_refuses_what_it_cannot_say(capfd: pytest.CaptureFixture[str]) -> None:
+def test_gguf_refuses_what_it_cannot_say(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     unsaid = [MAKERS["unigram"](), _json(_byte_level(normalizer={"type": "Lowercase"}))]
     built = _byte_level()
     built["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "WhitespaceSplit"})
-    for tokenizer in (*unsaid, _json(built)):
+    lazy = from_gguf(gguf_metadata(_json(_byte_level()), 280) | {"tokenizer.ggml.pre": "llama-bpe"}, "t")
+    assert isinstance(lazy, JsonTokenizer)
+    merging = lazy.parsed()
+    merging["model"]["ignore_merges"] = False
+    write_tokenizer(MAKERS["gemma"](), tmp_path)
+    lower = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    lower["normalizer"]["normalizers"].append({"type": "Lowercase"})
+    for tokenizer in (*unsaid, _json(built), _json(merging), _json(lower, eos_token="</s>")):
         with pytest.raises(ConfigError, match="GGUF has no name for how it cuts a text; use --to hf"):
             gguf_metadata(tokenizer, tokenizer.vocab_size)
     many = _json(_byte_level(), end_tokens=["<|turn|>", "<think>", "a"])
@@ -186,6 +196,7 @@ def test_no_text_forges_a_special_token(ours: Tokenizer, tmp_path: Path) -> None
         )
         for name, token in special.items():
             assert tokenizer.encode(name, allow_special=True)[-1] == token
+        assert not set(tokenizer.encode_batch([forged])[0]) & set(special.values())
 
 
 @pytest.mark.parametrize("how", ["ignore_merges", "one character", "unigram"])
@@ -219,7 +230,7 @@ def test_the_files_beside_a_tokenizer_say_what_ends_a_text(tmp_path: Path) -> No
     with pytest.raises(BadFileError, match="nothing ends a text; name its eos_token"):
         load()
     assert load(config={"eos_token_id": 2}).end_ids == (2,)
-    assert load(config={"eos_token_id": 2}, generation_config={"eos_token_id": [0, 2]}).end_ids == (0, 2)
+    assert load(config={"eos_token_id": 1}, generation_config={"eos_token_id": [0, 2]}).end_ids == (0, 2)
     named = [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]
     ours = load(
         tokenizer_config={"eos_token": {"content": "<|turn|>"}, "chat_template": named, "pad_token": "[PAD]"},
