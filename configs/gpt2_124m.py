@@ -1,7 +1,6 @@
 """GPT-2 small, 124 M parameters, as nanoGPT trains it: half a million tokens a step, 300 billion in all.
 
-Give it your text with --data.paths; without, it would see Python's standard library thousands of times.
-"""
+Give it your text with --data.paths; without, it would see Python's standard library thousands of times."""
 
 import jaxgpt.config as c
 

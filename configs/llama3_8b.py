@@ -1,7 +1,6 @@
 """The shape of Llama 3 8B (arXiv:2407.21783, table 3): 8.03 B parameters over fsdp, one sequence a device on 512.
 
-On fewer devices raise --training.accumulation-steps; give it your text with --data.paths.
-"""
+On fewer devices raise --training.accumulation-steps; give it your text with --data.paths."""
 
 import jaxgpt.config as c
 
@@ -27,7 +26,7 @@ def config() -> c.TrainConfig:
             tie_embeddings=False,
             dtype="bfloat16",
             remat="full",
-        ),  # fmt: skip
+        ),
         tokenizer=c.TokenizerConfig(vocab_size=128_256),
         optimizer=c.OptimizerConfig(peak_lr=3e-4, warmup_steps=8000, schedule="cosine"),
         training=c.TrainingConfig(steps=1_200_000, batch_size=512, eval_every=1000, loss_chunks=16),

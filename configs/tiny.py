@@ -15,6 +15,13 @@ def config() -> c.TrainConfig:
         data=c.DataConfig(paths=("@python",)),
         optimizer=c.OptimizerConfig(name="muon", peak_lr=5e-3, beta1=0.95, warmup_steps=20),
         training=c.TrainingConfig(
-            steps=400, batch_size=8, eval_every=100, eval_batches=0, loss_chunks=2, sample_prompt="def read_lines(",
-            sample_tokens=120, ), checkpoint=c.CheckpointConfig(every=100),
-    )  # fmt: skip
+            steps=400,
+            batch_size=8,
+            eval_every=100,
+            eval_batches=0,
+            loss_chunks=2,
+            sample_prompt="def read_lines(",
+            sample_tokens=120,
+        ),
+        checkpoint=c.CheckpointConfig(every=100),
+    )

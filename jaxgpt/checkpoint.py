@@ -7,8 +7,7 @@ computed on the devices before saving and again after restoring. `<run_dir>/chec
 
     N/            step N: the Orbax items model (all that generation reads), rest and manifest
     N.corrupt     a damaged step, set aside because an older one could be restored; never deleted here
-    N.replaced    step N while it is saved again;  N.discarded: step N on its way to be deleted
-"""
+    N.replaced    step N while it is saved again;  N.discarded: step N on its way to be deleted"""
 
 import contextlib
 import fcntl
@@ -52,8 +51,7 @@ def _one_line(error: BaseException) -> str:
 @functools.cache
 def _set_up_orbax() -> None:
     """Keep Orbax from printing a traceback for each damaged file, and from cutting each replicated array into a part
-    for each replica: compiling that took 4 s at the first save of 30 arrays on 8 devices.
-    """
+    for each replica: compiling that took 4 s at the first save of 30 arrays on 8 devices."""
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
@@ -75,8 +73,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     """uint32[3]: two lanes that depend on every bit of `x` and on its place, and the number of non-finite elements.
 
     A lane is the sum modulo 2^32 of mix(bits ^ place * constant): the same however `x` is sharded. The mix (murmur3's
-    finalizer) is a bijection, so a change of one element always shows. It guards against faults, not attackers.
-    """
+    finalizer) is a bijection, so a change of one element always shows. It guards against faults, not attackers."""
     if x.dtype.itemsize > 4:
         raise TypeError(f"checkpoints hold types of at most 4 bytes, not {x.dtype}")
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
@@ -162,8 +159,7 @@ def _read_arrays(path: Path, wanted: Json) -> Json:
 def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The items that `targets` names, each a pytree like its target, and the metadata.
 
-    Raises BadFileError for damage, ConfigError for another format or a leaf that is not as in the target.
-    """
+    Raises BadFileError for damage, ConfigError for another format or a leaf that is not as in the target."""
     manifest = _read_manifest(path)
     wanted = {item: {name: place_shapes(x) for name, x in _flatten(tree).items()} for item, tree in targets.items()}
     for item, leaves in wanted.items():
@@ -183,8 +179,7 @@ def _newest_good(
 ) -> tuple[int, dict[str, Any], Any] | None:
     """The newest step (or step `only`) that restores exactly, its trees and metadata; a line for each that does not.
 
-    Looks at the directory again after a failure: a trainer may meanwhile have deleted that step and saved another.
-    """
+    Looks at the directory again after a failure: a trainer may meanwhile have deleted that step and saved another."""
     bad: dict[int, str] = {}
     while steps := [step for step in _steps(directory) if step not in bad and only in (None, step)]:
         path = directory / str(steps[-1])
@@ -212,8 +207,7 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
     """Step, model and metadata of the newest intact step, or of `step`. Needs no lock and changes no file.
 
     `abstract_model` is a pytree with shapes, dtypes and shardings (`jax.eval_shape`); it lands on the current mesh.
-    Raises BadFileError when nothing can be restored, ConfigError when a leaf differs in name, shape or dtype.
-    """
+    Raises BadFileError when nothing can be restored, ConfigError when a leaf differs in name, shape or dtype."""
     _set_up_orbax()
     directory = (run_dir / "checkpoints").absolute()
     found = _newest_good(directory, {"model": abstract_model}, only=step)
@@ -242,8 +236,7 @@ class Checkpoints(contextlib.ExitStack):
     """The checkpoints of one run, held by the process (or the group of processes) that trains it.
 
     A context manager: leaving it, or `close()`, waits for the last save like `wait` and frees the directory.
-    Raises StorageError when `run_dir` cannot be written, ConfigError when another process trains there.
-    """
+    Raises StorageError when `run_dir` cannot be written, ConfigError when another process trains there."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         super().__init__()
@@ -274,8 +267,7 @@ class Checkpoints(contextlib.ExitStack):
 
         `model` is what `restore_model` returns (the averaged parameters where there are any), `rest` all else that
         training needs, `metadata` anything that JSON can hold. Waits for the previous save first, and raises what
-        `wait` raises; TrainingError when a leaf is not finite: then nothing is written.
-        """
+        `wait` raises; TrainingError when a leaf is not finite: then nothing is written."""
         self.wait()
         items = {"model": _flatten(model), "rest": _flatten(rest)}
         described = {item: _describe(leaves) for item, leaves in items.items()}
@@ -305,8 +297,7 @@ class Checkpoints(contextlib.ExitStack):
     def wait(self) -> None:
         """Return when all that was saved is durable.
 
-        A failed save raises StorageError, or with on_save_error="continue" prints a line. Older steps are untouched.
-        """
+        A failed save raises StorageError, or with on_save_error="continue" prints a line. Older steps are untouched."""
         if self._pending is not None:
             step, saving = self._pending
             error = saving.exception()
@@ -325,8 +316,7 @@ class Checkpoints(contextlib.ExitStack):
         The targets are pytrees with shapes, dtypes and shardings (`jax.eval_shape`) and land on the current mesh, whose
         shape may differ from that of the run that saved. Damaged newer steps are renamed to `N.corrupt`, with a line.
         Raises ConfigError when a leaf differs in name, shape or dtype, BadFileError when there are steps but none is
-        intact: then none is renamed, so that one can be repaired.
-        """
+        intact: then none is renamed, so that one can be repaired."""
         targets = {"model": abstract_model, "rest": abstract_rest}
         found = _newest_good(self._directory, targets, set_aside=self._primary)
         if found is None:

@@ -1,8 +1,7 @@
 """The command line: every verb is a few lines over the library.
 
 Options are the fields of frozen dataclasses, read by tyro. A mistake ends in one line and status 2. What a verb needs
-is imported when it runs: Grain, Orbax and TensorBoard take 2 s, which `--help` should not.
-"""
+is imported when it runs: Grain, Orbax and TensorBoard take 2 s, which `--help` should not."""
 
 import contextlib
 import io

@@ -1,8 +1,7 @@
 """Every setting of a run, as frozen dataclasses that refuse illegal values when they are made.
 
 Few fields, the rest are properties. The same classes make the command line (tyro), the presets in `configs/` and
-`config.json` in the run directory.
-"""
+`config.json` in the run directory."""
 
 import dataclasses
 import math

@@ -1,7 +1,6 @@
 """Errors that a user can cause, each with its exit status, and the shell that prints them.
 
-A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`.
-"""
+A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`."""
 
 import difflib
 import errno
@@ -79,8 +78,7 @@ def _flush_output() -> None:
 def run_command(command: Callable[[list[str]], object]) -> None:
     """Run `command(arguments)` and leave the process with the status of the table above.
 
-    `--debug` anywhere on the command line keeps the traceback of a user's error too.
-    """
+    `--debug` anywhere on the command line keeps the traceback of a user's error too."""
     faulthandler.enable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):

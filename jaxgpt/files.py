@@ -32,11 +32,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes.
-
-    Raises BadFileError when it is missing, too large, no JSON object, holds NaN, or names a key twice.
-    """
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Raises BadFileError when it is none, holds NaN, or names a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
@@ -47,15 +44,21 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
         raise ValueError(f"{word} is no JSON")
 
     try:
+        value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file") from None
+    if not isinstance(value, dict):
+        raise BadFileError(f"{where} is not a JSON object; restore the file")
+    return value
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises BadFileError as `parse_json`, or without a file."""
+    try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)
-        if len(content) > limit:
-            raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
-        value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
     except (FileNotFoundError, NotADirectoryError):
         raise BadFileError(f"{path}: there is no such file; name a directory that has it") from None
-    except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{path} is not valid JSON: {error}; restore the file") from None
-    if not isinstance(value, dict):
-        raise BadFileError(f"{path} is not a JSON object; restore the file")
-    return value
+    if len(content) > limit:
+        raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
+    return parse_json(content, str(path))

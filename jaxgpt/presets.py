@@ -34,8 +34,7 @@ def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
 def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
     """Parse `to_json`'s text.
 
-    Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value.
-    """
+    Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -54,8 +53,7 @@ def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
 def load_preset(name: str) -> TrainConfig:
     """The TrainConfig that `config()` in a Python file returns, or that a .json file holds.
 
-    A relative path is looked up here, then beside train.py. Raises ConfigError when there is no such preset.
-    """
+    A relative path is looked up here, then beside train.py. Raises ConfigError when there is no such preset."""
     path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
         presets = [f"configs/{preset.name}" for preset in sorted((ROOT / "configs").glob("*.py"))]

@@ -1,8 +1,7 @@
 """How much arithmetic a model needs, and how much a device can do: the two numbers behind MFU.
 
 Model FLOPs utilisation (arXiv:2204.02311, appendix B) counts the operations that the mathematics needs, not those that
-recomputation adds: two for each multiply-add of the forward pass and twice that for the backward pass.
-"""
+recomputation adds: two for each multiply-add of the forward pass and twice that for the backward pass."""
 
 import functools
 import time
@@ -29,8 +28,7 @@ PEAK_FLOPS = {  # of one device, dense bfloat16, from the makers' data sheets
 @functools.cache
 def forward_flops_per_token(config: ModelConfig) -> float:
     """Operations of one token's forward pass, a mean over a full sequence: matrix products, and attention over the
-    keys that the causal mask and the layer's window leave (boundaries of packed documents are not subtracted).
-    """
+    keys that the causal mask and the layer's window leave (boundaries of packed documents are not subtracted)."""
     D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.key_dim
     mlp = D * config.ff_dim * (3 if config.gated_mlp else 2)
     if config.n_experts:  # those that a token is sent to, and the router
@@ -60,8 +58,7 @@ def _measured_cpu_flops() -> float:
 def peak_flops(mesh: Mesh) -> float | None:
     """Operations a second that all devices of the mesh could do at best; None for a device that is not in the table.
 
-    On CPUs it is measured: simulated devices share the same cores.
-    """
+    On CPUs it is measured: simulated devices share the same cores."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return _measured_cpu_flops() * jax.process_count()

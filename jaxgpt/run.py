@@ -4,8 +4,7 @@ config.json       the resolved configuration
 tokenizer.model   the SentencePiece model (or tokenizer.json), and tokenizer_config.json, what begins and ends a text
 checkpoints/      steps, see checkpoint.py
 metrics.jsonl     one record a line; tensorboard/ holds the same
-LOCK              held by the process that trains
-"""
+LOCK              held by the process that trains"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -86,8 +85,7 @@ class TrainedModel:
 def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:
     """The newest intact checkpoint of a run, or that of `step`, on the current mesh.
 
-    Raises BadFileError when the directory is no run, is damaged or holds no checkpoint.
-    """
+    Raises BadFileError when the directory is no run, is damaged or holds no checkpoint."""
     config = read_config(run_dir).model
     tokenizer = load_tokenizer(run_dir)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))

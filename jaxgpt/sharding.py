@@ -7,8 +7,7 @@ always a mesh, 1x1x1 on a laptop. Letters, used in names such as `x_BTD` all ove
     K head width   F feed-forward width   V vocabulary   L layers   E experts
 
 Stored parameters are also cut along D over `fsdp` and gathered just before use (ZeRO-3, arXiv:1910.02054);
-`tensor` cuts heads, feed-forward and vocabulary (Megatron, arXiv:1909.08053).
-"""
+`tensor` cuts heads, feed-forward and vocabulary (Megatron, arXiv:1909.08053)."""
 
 import math
 from collections.abc import Sequence
@@ -55,8 +54,7 @@ def parameter_sharding(axes: str) -> jax.P | None:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over all devices.
 
-    Raises ConfigError when the sizes do not multiply to the number of devices.
-    """
+    Raises ConfigError when the sizes do not multiply to the number of devices."""
     count = len(devices) if devices is not None else jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:

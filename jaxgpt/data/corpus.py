@@ -1,8 +1,7 @@
 """Files to documents: one text at a time, in a fixed order, and nothing dropped without a word.
 
 A document is a .txt, .md or .py file, a line of .jsonl or .jsonl.gz, or a row of .parquet. Memory stays flat: a text
-longer than PART_CHARACTERS comes in parts, cut where no token of a tokenizer trained here can cross.
-"""
+longer than PART_CHARACTERS comes in parts, cut where no token of a tokenizer trained here can cross."""
 
 import gzip
 import json
@@ -86,8 +85,7 @@ def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
     """The files behind `data.paths`, sorted by name within each path.
 
     Raises BadFileError for a path without any, ConfigError for an unknown @name, StorageError when @shakespeare cannot
-    be downloaded.
-    """
+    be downloaded."""
     return [source for path in paths for source in _find(path, cache_dir)]
 
 
@@ -162,8 +160,7 @@ def _shakespeare(directory: Path) -> Path:
 def read_documents(sources: Iterable[Source], config: DataConfig, problems: Problems) -> Iterator[Document]:
     """Every document of every source, in order; long ones in parts.
 
-    Raises BadFileError, naming file and line, for more than `problems.most_bad` documents that cannot be used.
-    """
+    Raises BadFileError, naming file and line, for more than `problems.most_bad` documents that cannot be used."""
     for source in sources:
         for name, chunks in _texts(source, config, problems):
             yield from _parts(name, chunks, problems)

@@ -3,8 +3,7 @@
 Row r of step s is draw k = s * batch_size + r. A fixed pattern says which corpus draw k takes and which window of it;
 each epoch visits every window once, in an order made by a small cipher, so that nothing is stored and any step can be
 asked for. A whole batch is computed by a few numpy calls. Grain reads ahead in a background thread; its own shuffle and
-mix cost 65 to 177 us a row, which alone is more than reading the row.
-"""
+mix cost 65 to 177 us a row, which alone is more than reading the row."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -72,8 +71,7 @@ class Loader:
     ) -> None:
         """weights: share of the rows from each corpus, by default its share of the tokens; rows: this host's part.
 
-        Raises ConfigError when a corpus is shorter than one sequence.
-        """
+        Raises ConfigError when a corpus is shorter than one sequence."""
         self._corpora, self._streams = corpora, [corpus.train for corpus in corpora]
         self._batch_size, self._length, self._seed = batch_size, sequence_length, seed
         self._rows = np.arange(batch_size)[rows if rows is not None else slice(None)]
@@ -217,8 +215,7 @@ def _permute(index: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarra
     """Where `index` goes in a random order of range(count) that `key` chooses; elementwise, int64 [B].
 
     A Feistel cipher on the smallest even number of bits that holds `count`, walked until it falls below `count` (at
-    most 4 turns on average). Source: Black and Rogaway (2002), Ciphers with Arbitrary Finite Domains.
-    """
+    most 4 turns on average). Source: Black and Rogaway (2002), Ciphers with Arbitrary Finite Domains."""
     half = np.array([max((int(c) - 1).bit_length() + 1, 2) // 2 for c in count], np.uint64)
     mask = (np.uint64(1) << half) - np.uint64(1)
     turn_keys = [_hash(key + np.uint64(turn)) for turn in range(4)]

@@ -1,8 +1,7 @@
 """Text to a tokenizer and token shards, once: the second run finds both in the cache by their content.
 
 The corpus is read up to three times, because tokenizing takes 20 times as long as reading: to choose what is held out,
-to train the tokenizer on the rest, and to write the shards. Nothing is kept in memory but a byte for each document.
-"""
+to train the tokenizer on the rest, and to write the shards. Nothing is kept in memory but a byte for each document."""
 
 import fcntl
 import hashlib
@@ -55,8 +54,7 @@ def prepare_corpora(
 
     Without `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a
     prepared directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer.
-    Raises BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit.
-    """
+    Raises BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit."""
     cache_dir = _cache_dir(data)
     opened = [path for path in data.paths if _is_tokenized(path)]
     texts = [path for path in data.paths if path not in opened]
@@ -166,8 +164,7 @@ class TextCorpus:
         """Read everything once and choose what is held out.
 
         By a hash of its content, so that the choice stays when the corpus grows, and copies are on the same side. When
-        that leaves nothing on one side (one book, a few files), the end of the longest document is held out instead.
-        """
+        that leaves nothing on one side (one book, a few files), the end of the longest document is held out instead."""
         fraction, problems = self._data.val_fraction, Problems(self._data.max_bad_documents)
         held, lengths, text_bytes = bytearray(), [0, 0], 0
         longest = (0, 0)  # characters, document

@@ -3,8 +3,7 @@
 A prepared directory holds, for each split, `train_00000.bin` (little-endian uint16 or uint32 tokens, no header),
 `train_00000.offsets.npy` (int64 places where documents begin) and `train_00000.json` (counts, SHA-256, names; written
 last, it marks the shard as finished), then `tokenizer.model` and, last of all, `meta.json`. A document is
-[bos] text [eos]. Also opens nanoGPT's headerless uint16 `train.bin` and `val.bin`.
-"""
+[bos] text [eos]. Also opens nanoGPT's headerless uint16 `train.bin` and `val.bin`."""
 
 import hashlib
 import io
@@ -87,8 +86,7 @@ class Corpus:
 def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
     """Write the tokens of parts until `shard_tokens` is reached; returns counts and hashes, None without parts.
 
-    Nothing counts before the side-car is there: after a kill the shard is written again from its first part.
-    """
+    Nothing counts before the side-car is there: after a kill the shard is written again from its first part."""
     tokens = part_count = text_bytes = 0
     starts: list[int] = []
     names: list[str] = []
@@ -139,8 +137,7 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
 def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES.
 
-    Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer.
-    """
+    Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""
     meta = _read_json(directory / "meta.json")
     if meta.get("format") != FORMAT:
         raise _bad(directory / "meta.json", f"is of format {meta.get('format')}, and this version reads {FORMAT}")
@@ -199,8 +196,7 @@ def _load_offsets(path: Path, sha256: str) -> np.ndarray:
 def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
     """Open nanoGPT's `train.bin` and, where it exists, `val.bin`: a directory, or the path of `train.bin`.
 
-    Its documents are not known, so that each split counts as one.
-    """
+    Its documents are not known, so that each split counts as one."""
     train_path = path / "train.bin" if path.is_dir() else path
     train = _map_tokens(train_path, np.dtype("<u2"))
     val_path = train_path.with_name("val.bin")

@@ -2,8 +2,7 @@
 
 All that changes is one pytree, `DecodeState`. Every step feeds the newest token of each row through the model, which
 reads and writes the cache, and appends what `choose` takes; the loop is one `while_loop` on the device.
-Letters: B rows, P padded prompt length, S slots of the cache and of the text.
-"""
+Letters: B rows, P padded prompt length, S slots of the cache and of the text."""
 
 import functools
 from typing import NamedTuple
@@ -48,8 +47,7 @@ def start(
     model: Transformer, prompts_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, slots: int
 ) -> DecodeState:
     """Run all prompts through the model at once. What their padding leaves in the cache is overwritten by the token
-    that comes to its slot before any query can see it.
-    """
+    that comes to its slot before any query can see it."""
     rows, padded = prompts_BP.shape
     _, cache = model(prompts_BP, cache=empty_cache(model.config, rows, slots))
     tokens_BS = shard(jnp.pad(prompts_BP, ((0, 0), (0, slots - padded))), "BS")

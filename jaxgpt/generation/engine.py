@@ -44,8 +44,7 @@ class Engine:
     def generate(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[Completion]:
         """`params.num_samples` completions of each prompt (a text, or its ids), prompt after prompt.
 
-        Raises ConfigError as `stream` does.
-        """
+        Raises ConfigError as `stream` does."""
         ids = [self._prompt_ids(prompt, params) for prompt in prompts]
         if not ids:
             return []
@@ -56,8 +55,7 @@ class Engine:
     def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
 
-        Raises ConfigError for a prompt that leaves no room in the context, or a top_k above the vocabulary.
-        """
+        Raises ConfigError for a prompt that leaves no room in the context, or a top_k above the vocabulary."""
         return self._stream(self._prompt_ids(prompt, params), params)
 
     def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:

@@ -44,8 +44,7 @@ def choose(
 ) -> jax.Array:
     """One token id, int32: temperature, then top-k, then top-p, then a draw.
 
-    The settings are arrays, so that other values need no other program. Of equal logits the lowest id comes first.
-    """
+    The settings are arrays, so that other values need no other program. Of equal logits the lowest id comes first."""
     order_V = jnp.argsort(-logits_V, stable=True)
     sorted_V = logits_V[order_V] / jnp.where(temperature > 0, temperature, 1)
     ranks_V = jnp.arange(logits_V.size)

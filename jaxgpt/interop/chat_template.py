@@ -2,8 +2,7 @@
 
 A sandbox alone bounds neither time nor memory: one expression such as `10 ** (10 ** 8)` heeds no signal. So each
 rendering is a process of its own (60 ms), which runs this file with limits that the kernel holds. It imports neither
-JAX nor jaxgpt, which need not be importable there.
-"""
+JAX nor jaxgpt, which need not be importable there."""
 
 import contextlib
 import io
@@ -34,8 +33,7 @@ def render(
 
     messages are {"role": ..., "content": ...}; `more` is what else the template sees, of JSON's types; `where` names it
     in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time, memory or room, and
-    ConfigError when it refuses the conversation, as one whose roles do not alternate.
-    """
+    ConfigError when it refuses the conversation, as one whose roles do not alternate."""
     from jaxgpt.errors import BadFileError, ConfigError  # here, since the process below runs this file alone
 
     def bad(why: str) -> BadFileError:

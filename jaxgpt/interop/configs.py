@@ -1,8 +1,7 @@
 """config.json of Hugging Face and the metadata of GGUF as a ModelConfig, and back.
 
 Both directions follow the declarations in families.py. GGUF metadata is translated to the keys of config.json first,
-so that there is one reading of each setting. A configuration is written only as a family that reads it back equal.
-"""
+so that there is one reading of each setting. A configuration is written only as a family that reads it back equal."""
 
 import dataclasses
 import math
@@ -51,8 +50,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
     """The family and the configuration of a parsed config.json.
 
-    Raises BadFileError for an unknown family, a missing key, a value of a wrong kind or one that is not implemented.
-    """
+    Raises BadFileError for an unknown family, a missing key, a value of a wrong kind or one that is not implemented."""
     if hf.get("architectures"):
         known = [family.architecture for family in FAMILIES]
         if hf["architectures"] not in [[name] for name in known]:
@@ -171,8 +169,7 @@ def _read_windows(hf: Json, family: Family, layers: int) -> Json:
 def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json]:
     """The family `preferred`, or the first that can hold this model, and its config.json.
 
-    Raises ConfigError, naming what differs from the nearest, when there is none.
-    """
+    Raises ConfigError, naming what differs from the nearest, when there is none."""
     config = canonical(config)
     differs: dict[str, list[str]] = {}
     for family in sorted(FAMILIES, key=lambda family: family.model_type != preferred):

@@ -1,7 +1,6 @@
 """Models from one format to another, and the proof that they are the same.
 
-A target appears whole or not at all: it is written beside and renamed when it is complete.
-"""
+A target appears whole or not at all: it is written beside and renamed when it is complete."""
 
 import dataclasses
 import json
@@ -38,8 +37,7 @@ _PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 5, 8, 13: def f
 def convert(source: Path, target: Path, to: Format, dtype: Precision) -> None:
     """Write the model at `source` (any that `load_model` takes) to `target` in another format.
 
-    Raises ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source.
-    """
+    Raises ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source."""
     if target.exists():
         raise ConfigError(f"convert: {target} exists; remove it or choose another name")
     if dtype == "q8_0" and to != "gguf":

@@ -2,8 +2,7 @@
 
 Layout: magic, version, number of tensors and of settings; the settings; name, dimensions (innermost first), type and
 offset of each tensor; the tensors' data, aligned. Every count and length in a file is compared with the bytes that are
-left before anything is made of it. The arithmetic of quantised types is that of the `gguf` package.
-"""
+left before anything is made of it. The arithmetic of quantised types is that of the `gguf` package."""
 
 import itertools
 import math
@@ -91,8 +90,7 @@ class _Reader:
 def read_gguf(path: Path) -> Gguf:
     """Settings and tensors of a file; tensors are read when they are asked for.
 
-    Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile, or not implemented.
-    """
+    Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile, or not implemented."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
             raise BadFileError(f"model {path}: it is no GGUF file; fetch the file again")
@@ -181,8 +179,7 @@ def _tensor_reader(path: Path, start: int, size: int, shape: tuple[int, ...], ki
 def write_gguf(path: Path, metadata: dict[str, Any], tensors: TensorWriter) -> None:
     """Write settings and tensors of the kinds F32, F16, BF16 and Q8_0, one in memory at a time.
 
-    The caller renames: a file that is not complete has no name of its own.
-    """
+    The caller renames: a file that is not complete has no name of its own."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
     listed = list(tensors)

@@ -1,8 +1,7 @@
 """Directories of .safetensors files: one, or several with an index.
 
 The `safetensors` library refuses damaged headers. What it lets pass is looked at here: a key that occurs twice, counts
-that are absurd, names in an index that leave the directory.
-"""
+that are absurd, names in an index that leave the directory."""
 
 import json
 import os
@@ -14,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.files import read_json, sync, write_atomically
+from jaxgpt.files import parse_json, read_json, sync, write_atomically
 from jaxgpt.interop.stored import PLAIN, StoredTensor, TensorWriter, plain_reader
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -25,8 +24,7 @@ _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 * 2**20, 100_000, 8
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory, read when it is asked for.
 
-    Raises BadFileError for a damaged or hostile file, an index that does not agree with its files, or pickle files.
-    """
+    Raises BadFileError for a damaged or hostile file, an index that does not agree with its files, or pickle files."""
     if not (directory / _INDEX).exists():
         if not (directory / _ONE).exists():
             pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
@@ -56,7 +54,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
             names = set(file.keys())
     except FileNotFoundError:
         raise BadFileError(f"model {path}: there is no such file; fetch it") from None
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except SafetensorError as error:
         raise BadFileError(f"model {path}: {' '.join(str(error).split())[:160]}; fetch the file again") from None
     if len(names) > _MAX_TENSORS:
         raise BadFileError(f"model {path}: {len(names)} tensors are more than {_MAX_TENSORS}")
@@ -72,26 +70,19 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data begins, and the header. Raises ValueError when it is too large or names a tensor twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a name occurs twice in the header")
-        return found
-
+    """Where the data begins, and the header. Raises BadFileError when it is too large or names a tensor twice."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         if length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"its header claims {length} bytes")
-        return 8 + length, json.loads(file.read(length), object_pairs_hook=unique)
+            raise BadFileError(f"model {path}: its header claims {length} bytes; fetch the file again")
+        return 8 + length, parse_json(file.read(length), f"the header of model {path}")
 
 
 def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: float = 5e9) -> None:
     """Write tensors of the kinds F32 and BF16, one in memory at a time.
 
-    More than `max_shard_bytes` go to several files and an index, in the names that other tools expect.
-    """
+    More than `max_shard_bytes` go to several files and an index, in the names that other tools expect."""
     shards: list[list[tuple]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:

@@ -15,8 +15,7 @@ TensorWriter = Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray
 @dataclass(frozen=True)
 class StoredTensor:
     """`read()` gives an array of `shape` in row-major order: float32 or float16 or bfloat16 as stored, float32 for
-    quantised data. It reads only then, and nothing stays in memory when the array is dropped.
-    """
+    quantised data. It reads only then, and nothing stays in memory when the array is dropped."""
 
     shape: tuple[int, ...]
     kind: str
@@ -27,8 +26,7 @@ class StoredTensor:
 def plain_reader(path: Path, start: int, size: int, shape: tuple[int, ...], kind: str) -> Callable[[], np.ndarray]:
     """Reads numbers as they are stored. Not mapped: the file's pages would count as memory beside what is made of them.
 
-    Raises KeyError, when it reads, for a kind that is not in PLAIN: the caller has compared kinds before.
-    """
+    Raises KeyError, when it reads, for a kind that is not in PLAIN: the caller has compared kinds before."""
     return lambda: np.fromfile(path, PLAIN[kind], size // PLAIN[kind].itemsize, offset=start).reshape(shape)
 
 

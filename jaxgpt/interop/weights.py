@@ -52,8 +52,7 @@ class Layout:
         return axes[1:] if "{e}" in self.stored_name(row) else axes
 
     def sizes(self) -> dict[str, int]:
-        assert self.config.vocab_size is not None
-        return axis_sizes(self.config) | {"V": self.config.vocab_size}
+        return axis_sizes(self.config) | {"V": self.config.vocab_size or 0}
 
     def shape(self, row: Row) -> tuple[int, ...]:
         """What `row` takes of its stored tensor."""
@@ -126,8 +125,7 @@ def _names(config: ModelConfig) -> set[str]:
 def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) -> None:
     """Raise BadFileError, naming the tensor, unless exactly those of the configuration are there in their shapes.
 
-    Tensors that older files hold although they are computed, or tied to another, are counted on standard error.
-    """
+    Tensors that older files hold although they are computed, or tied to another, are counted on standard error."""
     left = dict(tensors)
     for template, rows in layout.tensors(_names(layout.config)).items():
         wanted = layout.whole_shape(rows)
@@ -155,8 +153,7 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
 def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTensor], where: str) -> Any:
     """`abstract` (`jax.eval_shape` of a Transformer, stacked or not) with the parameters of a file, on its devices.
 
-    Raises BadFileError for a value that is not finite.
-    """
+    Raises BadFileError for a value that is not finite."""
     rows_of = {row.name: (row, rows) for rows in layout.tensors(_names(layout.config)).values() for row in rows}
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

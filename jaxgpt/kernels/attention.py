@@ -1,8 +1,7 @@
 """Causal attention: which keys a query sees, and the weighted mean of their values.
 
 Letters: B batch, T query length, S key length, H query heads, G key/value heads, R = H / G query heads
-for each key/value head, K head width.
-"""
+for each key/value head, K head width."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,7 @@ def attention_mask(
 ) -> jax.Array:
     """True where a query sees a key: not in its future, in its document, less than `window` back (0: any).
 
-    `segments` are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S].
-    """
+    `segments` are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S]."""
     distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     mask_BTS = distance_BTS >= 0
     if segments is not None:
@@ -40,8 +38,7 @@ def attention(
     """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245).
 
     Scores and softmax are float32. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then replaces them
-    by c * tanh(scores / c). Returns [B, T, H, K].
-    """
+    by c * tanh(scores / c). Returns [B, T, H, K]."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K, out_sharding=out_sharding("BTGRK"))  # JAX would cut R when G is 1

@@ -4,8 +4,7 @@
 autodiff keeps them twice. Here the sequence is cut into chunks; each chunk's logits become its loss and, when
 gradients are wanted, its part of them at once, and are dropped. No product is computed twice.
 
-Letters: B batch, T length, D model width, V vocabulary, C chunks.
-"""
+Letters: B batch, T length, D model width, V vocabulary, C chunks."""
 
 import functools
 from typing import NamedTuple
@@ -41,8 +40,7 @@ def _logits(x_BTD: jax.Array, w_VD: jax.Array, options: LossOptions) -> jax.Arra
 def _losses(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Negative log-likelihood [B, T] in nats (0 where the label is -1), log-partition [B, T], one-hot labels [B, T, V].
 
-    A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses.
-    """
+    A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses."""
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     ids_V = jnp.arange(logits_BTV.shape[-1], out_sharding=out_sharding("V"))
     hit_BTV = labels_BT[:, :, None] == ids_V[None, None]
@@ -72,8 +70,7 @@ def linear_cross_entropy(
     """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports).
 
     Only the sum has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by
-    `options.chunks`. The z-loss is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118.
-    """
+    `options.chunks`. The z-loss is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118."""
 
     def chunk(total: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         x, labels, weights = inputs

@@ -2,8 +2,7 @@
 
 Tokens are sorted by expert, so that each expert's are one group of rows of a ragged product. Under a mesh every device
 sorts its own tokens and multiplies with its part of F; the parts are added up over `tensor`.
-Letters: B batch, T length, D model width, E experts, M experts of a token, F feed-forward width, N = B T M rows.
-"""
+Letters: B batch, T length, D model width, E experts, M experts of a token, F feed-forward width, N = B T M rows."""
 
 from collections.abc import Callable
 
@@ -18,8 +17,7 @@ Activation = Callable[[jax.Array], jax.Array]
 def route(logits_BTE: jax.Array, count: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
     """Weights, float32, and numbers of the `count` most probable experts, [B, T, M] each; of equals the lowest first.
 
-    With `normalize` a token's weights add up to 1.
-    """
+    With `normalize` a token's weights add up to 1."""
     weights_BTM, experts_BTM = jax.lax.top_k(jax.nn.softmax(logits_BTE.astype(jnp.float32)), count)
     if normalize:
         weights_BTM /= weights_BTM.sum(-1, keepdims=True)
@@ -67,8 +65,7 @@ def router_losses(logits_BTE: jax.Array, experts_BTM: jax.Array) -> jax.Array:
     """The load-balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961, equation 4), where the
     shares of a token's M experts add up to M, and the mean squared log-partition (arXiv:2202.08906, equation 5).
 
-    Means over all tokens of the batch. Returns float32 [2].
-    """
+    Means over all tokens of the batch. Returns float32 [2]."""
     experts = logits_BTE.shape[-1]
     logits_BTE = logits_BTE.astype(jnp.float32)
     chosen_BTME = experts_BTM[..., None] == jnp.arange(experts)[None, None, None]

@@ -2,8 +2,7 @@
 
 Modules are dataclasses with initialisers: parameters are float32 `nnx.Param`s, made from a key, and every
 method is a pure function. Letters: B batch, T query length, S key length, D model width, H query heads,
-G key/value heads, K head width, F feed-forward width.
-"""
+G key/value heads, K head width, F feed-forward width."""
 
 import jax
 import jax.numpy as jnp

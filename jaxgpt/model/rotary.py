@@ -2,8 +2,7 @@
 
 Layers may differ: a base for those with a window (Gemma 3), none at all (SmolLM3). Each distinct table of frequencies
 is a kind; a layer that does not rotate has frequencies of zero, so that one compiled layer serves all in a scan.
-Letters: B batch, T length, H heads, K head width.
-"""
+Letters: B batch, T length, H heads, K head width."""
 
 import math
 
@@ -22,8 +21,7 @@ def frequencies(config: ModelConfig, theta: float, scaling: str, length: int) ->
 
     llama3 slows frequencies that turn less than `rope_low_frequency` times in the original context and blends up to
     `rope_high_frequency` (arXiv:2407.21783, section 3.4.2); longrope divides each by a factor of its own
-    (arXiv:2402.13753), for the whole text at once: all of it is shorter or longer than the original context.
-    """
+    (arXiv:2402.13753), for the whole text at once: all of it is shorter or longer than the original context."""
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / config.rotary_dim
     turns: np.ndarray = (1 / np.float32(theta) ** exponents).astype(np.float32)
     match scaling:

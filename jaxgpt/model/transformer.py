@@ -1,8 +1,7 @@
 """The decoder-only transformer: tokens to hidden states to logits.
 
 The layers' parameters are stacked, [L, ...], and scanned. `Transformer` is a pytree: `jax.jit`, `jax.grad`
-and Optax take it as it is. Letters: B batch, T query length, S key length, D model width, V vocabulary, L layers.
-"""
+and Optax take it as it is. Letters: B batch, T query length, S key length, D model width, V vocabulary, L layers."""
 
 import copy
 from collections.abc import Callable
@@ -76,8 +75,7 @@ class Transformer(nnx.Module):
         the layers of `router_losses` [2]: None without experts or with a cache.
 
         `segments_BT` numbers the packed documents of a row: a token sees its own document only. With a cache,
-        positions say into which slots keys and values go; a position beyond the cache is not written.
-        """
+        positions say into which slots keys and values go; a position beyond the cache is not written."""
         losses = None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)

@@ -2,8 +2,7 @@
 
 What is computed is a pure function of the configuration and the data; the loop owns what is around it: files, signals,
 the terminal. Before a save all records up to that step are written, so that a run which is killed and resumed has the
-same records as one that never stopped.
-"""
+same records as one that never stopped."""
 
 import math
 import os
@@ -66,8 +65,7 @@ def train(config: TrainConfig) -> None:
     """Train, or go on with, the run of `config.run_path`, until its last step.
 
     Raises ConfigError for settings that cannot be, BadFileError for bad data or checkpoints, StorageError when the
-    disk refuses, TrainingError when the loss is not finite, Stopped after Ctrl-C or SIGTERM.
-    """
+    disk refuses, TrainingError when the loss is not finite, Stopped after Ctrl-C or SIGTERM."""
     if jax.process_count() > 1:  # every process would read every row
         raise ConfigError(f"training in {jax.process_count()} processes is not supported; use the devices of one")
     mesh = make_mesh(config.mesh)

@@ -1,7 +1,6 @@
 """One training step as a pure function: `train_step(state, batch) -> (state, metrics)`.
 
-Letters: A accumulation steps, B batch, T length, D model width, V vocabulary.
-"""
+Letters: A accumulation steps, B batch, T length, D model width, V vocabulary."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +68,7 @@ def batch_loss(
     model: Transformer, batch: Batch, weights_BT: jax.Array, options: LossOptions, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
-    where there are experts the two losses of their routers.
-    """
+    where there are experts the two losses of their routers."""
     x_BTD, _, router = model.with_router_losses(
         batch.tokens, batch.positions, batch.segment_ids, dropout_key=dropout_key
     )
@@ -120,8 +118,7 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """The jitted step, (state, batch) -> (state, metrics); it takes over (donates) the state that it is given.
 
     An update that is not finite, in loss or gradient, is not applied: only `step` moves on, and `finite` is False.
-    Dropout draws from (seed, step), so that a resumed run repeats it.
-    """
+    Dropout draws from (seed, step), so that a resumed run repeats it."""
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     rate = learning_rate(config.optimizer, config.training.steps)
     decay = config.optimizer.ema_decay
