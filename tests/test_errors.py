@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxgpt import errors
 from jaxgpt.errors import BadFileError, ConfigError, JaxgptError, Stopped, StorageError, TrainingError, nearest
 
+ROOT = Path(__file__).parents[1]
 TABLE = {ConfigError: 2, BadFileError: 65, TrainingError: 70, StorageError: 74, Stopped: 75}
 
 
@@ -36,7 +37,7 @@ def end(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callabl
 def test_the_table_is_the_documented_one() -> None:
     assert {kind.exit_status for kind in JaxgptError.__subclasses__()} == set(TABLE.values())
     for status in (0, *TABLE.values()):
-        assert f"\n| {status} | " in str(errors.__doc__)
+        assert f"\n| {status} | " in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("kind", "status"), TABLE.items())
