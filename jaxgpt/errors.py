@@ -61,8 +61,9 @@ _STORAGE_ERRNOS = {
 }  # fmt: skip
 
 
-def _report(message: str) -> None:
-    print("jaxgpt: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+def note(message: str) -> None:
+    """A line for people, beside what a program prints."""
+    print(f"jaxgpt: {message}", file=sys.stderr, flush=True)
 
 
 def _flush_output() -> None:
@@ -76,7 +77,7 @@ def _flush_output() -> None:
 
 
 def run_command(command: Callable[[list[str]], object]) -> None:
-    """Run `command(arguments)` and leave the process with the status of the table above.
+    """Run `command(arguments)` and leave the process with 0, or with the status of the error that it raised.
 
     `--debug` anywhere on the command line keeps the traceback of a user's error too."""
     faulthandler.enable()
@@ -90,28 +91,27 @@ def run_command(command: Callable[[list[str]], object]) -> None:
             command(arguments)
         finally:
             _flush_output()
-    except JaxgptError as error:
-        if debug:
-            traceback.print_exc()
-        _report(str(error))
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        _report("interrupted; run the same command again to go on")
-        sys.exit(Stopped.exit_status)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.exit(0)
-    except OSError as error:
-        if debug or error.errno not in _STORAGE_ERRNOS:
+    except (Exception, KeyboardInterrupt) as error:
+        mistake = _as_mistake(error)
+        if debug or not mistake:
             traceback.print_exc()
-            sys.exit(StorageError.exit_status if error.errno in _STORAGE_ERRNOS else JaxgptError.exit_status)
+        if mistake:
+            note("error: " + " ".join(str(mistake).split()))
+        sys.exit((mistake or JaxgptError).exit_status)
+
+
+def _as_mistake(error: BaseException) -> JaxgptError | None:
+    """An error as something that the user can act on; None for a bug."""
+    if isinstance(error, JaxgptError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped("interrupted; run the same command again to go on")
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         where = error.filename2 or error.filename or "a file"
-        _report(f"cannot write or read {where}: {error.strerror}; free space or choose another path")
-        sys.exit(StorageError.exit_status)
-    except Exception as error:
-        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # as XLA says it
-        if debug or not out_of_memory:  # a bug
-            traceback.print_exc()
-        if out_of_memory:
-            remedy = "raise training.accumulation_steps, set model.remat full, or lower the batch size or num_samples"
-            _report(f"the devices have too little memory: {str(error).splitlines()[0]}; {remedy}")
-        sys.exit(JaxgptError.exit_status)
+        return StorageError(f"cannot write or read {where}: {error.strerror}; free space or choose another path")
+    if "RESOURCE_EXHAUSTED" in str(error):  # as XLA says it
+        remedy = "raise training.accumulation_steps, set model.remat full, or lower the batch size or num_samples"
+        return TrainingError(f"the devices have too little memory: {str(error).splitlines()[0]}; {remedy}")
+    return None
