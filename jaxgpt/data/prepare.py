@@ -1,7 +1,7 @@
 """Text to a tokenizer and token shards, once: the second run finds both in the cache by their content.
 
 The corpus is read up to three times, because tokenizing takes 20 times as long as reading: to choose what is held out,
-to train the tokenizer on the rest, and to write the shards. Nothing is kept in memory but a byte for each document."""
+to train the tokenizer on the rest, and to write the shards."""
 
 import fcntl
 import hashlib
@@ -103,7 +103,7 @@ def _choose_tokenizer(
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         report(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
-        total = sum(corpus.held.text_bytes for corpus in corpora)
+        total = sum(corpus.survey.text_bytes for corpus in corpora)
         texts = (part.text for corpus in corpora for part in corpus.parts(held_out=False))
         trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
         for corpus in corpora:
@@ -124,14 +124,13 @@ def _sample(texts: Iterable[str], total: int, limit: int) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Which documents are held out: one byte for each, or the tail of one document from a character on."""
+class Survey:
+    """What the first reading of a corpus finds."""
 
-    documents: bytes
-    cut: tuple[int, int] | None
     text_bytes: int
-    """Of the whole corpus."""
     problems: Problems
+    cut: tuple[int, int] | None
+    """Only the end of one document is held out: its number, and the character where that begins."""
 
 
 class TextCorpus:
@@ -156,54 +155,51 @@ class TextCorpus:
         if self._digests != self._digest_files():
             raise BadFileError(f"data {self.name}: a file changed while it was read; run the same command again")
 
-    def _documents(self, problems: Problems) -> Iterator[Document]:
-        return read_documents(self._sources, self._data, problems)
+    def _read(self, problems: Problems) -> Iterator[tuple[int, int, bool, Document]]:
+        """Each part, with the number of its document, where in that it begins, and whether that is to be held out.
+
+        A hash of the content decides, so that this stays when the corpus grows, and copies are on the same side."""
+        number, begin, held_out = -1, 0, False
+        for part in read_documents(self._sources, self._data, problems):
+            if part.first:
+                number, begin = number + 1, 0
+                digest = hashlib.blake2b(part.text.encode(), digest_size=8).digest()
+                held_out = int.from_bytes(digest) < self._data.val_fraction * 2**64
+            yield number, begin, held_out, part
+            begin += len(part.text)
 
     @cached_property
-    def held(self) -> HeldOut:
-        """Read everything once and choose what is held out.
+    def survey(self) -> Survey:
+        """Read everything once.
 
-        By a hash of its content, so that the choice stays when the corpus grows, and copies are on the same side. When
-        that leaves nothing on one side (one book, a few files), the end of the longest document is held out instead."""
-        fraction, problems = self._data.val_fraction, Problems(self._data.max_bad_documents)
-        held, lengths, text_bytes = bytearray(), [0, 0], 0
-        longest = (0, 0)  # characters, document
-        length = 0
-        for part in self._documents(problems):
-            raw = part.text.encode()
-            if part.first:
-                digest = hashlib.blake2b(raw, digest_size=8).digest()
-                held.append(int.from_bytes(digest) < fraction * 2**64)
-                length = 0
-            length += len(part.text)
-            longest = max(longest, (length, len(held) - 1))
-            lengths[held[-1]] += len(part.text)
-            text_bytes += len(raw)
+        When the hashes leave nothing on one side (one book, a few files), the end of the longest document is held out
+        instead."""
+        problems, text_bytes = Problems(self._data.max_bad_documents), 0
+        lengths, longest = [0, 0], (0, 0)  # characters on each side; characters and number of a document
+        for number, begin, held_out, part in self._read(problems):
+            text_bytes += len(part.text.encode())
+            lengths[held_out] += len(part.text)
+            longest = max(longest, (begin + len(part.text), number))
         for line in problems.lines():
             self._report(f"data {self.name}: {line}")
-        if not held:
+        if not text_bytes:
             raise BadFileError(f"data {self.name}: there is no text in it; check data.paths and data.text_key")
         cut = None
-        if fraction and 0 in lengths:
-            tail = max(1, min(longest[0] // 2, round(fraction * sum(lengths))))
-            held, cut = bytearray(len(held)), (longest[1], longest[0] - tail)
-        return HeldOut(bytes(held), cut, text_bytes, problems)
+        if self._data.val_fraction and 0 in lengths:
+            tail = max(1, min(longest[0] // 2, round(self._data.val_fraction * sum(lengths))))
+            cut = longest[1], longest[0] - tail
+        return Survey(text_bytes, problems, cut)
 
     def parts(self, *, held_out: bool) -> Iterator[Document]:
         """The documents of one side, in order."""
-        number, begin = -1, 0  # of the document, and where the part begins in it
-        for part in self._documents(Problems(self._data.max_bad_documents)):
-            if part.first:
-                number, begin = number + 1, 0
-            if number == len(self.held.documents):
-                raise BadFileError(f"data {self.name}: a file grew while it was read; run the same command again")
-            if self.held.cut and self.held.cut[0] == number:
-                half = _cut(part, self.held.cut[1] - begin)[held_out]
-                if half.text:
-                    yield half
-            elif self.held.documents[number] == held_out:
+        cut = self.survey.cut
+        for number, begin, by_hash, part in self._read(Problems(self._data.max_bad_documents)):
+            if cut and number == cut[0]:
+                part = _cut(part, cut[1] - begin)[held_out]
+            elif held_out != (by_hash and not cut):
+                continue
+            if part.text:
                 yield part
-            begin += len(part.text)
 
 
 def _cut(part: Document, place: int) -> tuple[Document, Document]:
@@ -249,7 +245,7 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Re
         except BadFileError:
             shutil.rmtree(directory)
             raise
-        if bad := text.held.problems.bad:
+        if bad := text.survey.problems.bad:
             write_atomically(directory / "bad.jsonl", "".join(json.dumps(line) + "\n" for line in bad).encode())
         identity = {"name": text.name, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
         write_meta(directory, {**identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits})
