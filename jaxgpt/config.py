@@ -5,6 +5,7 @@ Few fields, the rest are properties. The same classes make the command line (tyr
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,11 @@ class DataConfig(Section):
         self.within(0, 0.5, "val_fraction")
         self.within(0, math.inf, "max_bad_documents")
         self.within(1024, math.inf, "shard_tokens")
+
+    @property
+    def cache_path(self) -> Path:
+        default = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(self.cache_dir or Path(default, "jaxgpt"))
 
 
 _UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}

@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def parse_json(content: bytes, where: str) -> dict[str, Any]:
+def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> dict[str, Any]:
     """A JSON object. Raises BadFileError when it is none, holds NaN, or names a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,9 +46,9 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file") from None
+        raise BadFileError(f"{where} is not valid JSON: {error}; {remedy}") from None
     if not isinstance(value, dict):
-        raise BadFileError(f"{where} is not a JSON object; restore the file")
+        raise BadFileError(f"{where} is not a JSON object; {remedy}")
     return value
 
 

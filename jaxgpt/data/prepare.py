@@ -9,10 +9,9 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,85 +23,57 @@ import numpy as np
 
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
-from jaxgpt.data.shards import (
-    FORMAT,
-    Corpus,
-    finished_shards,
-    open_nanogpt,
-    open_prepared,
-    write_meta,
-    write_shard,
-)
-from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_meta, write_shard
+from jaxgpt.errors import BadFileError, ConfigError, note
 from jaxgpt.files import write_atomically
 from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 
 BATCH_CHARACTERS = 4 * 2**20  # text that is encoded at once, over all threads
 REPORT_SECONDS = 5.0
 
-Report = Callable[[str], None]
 
-
-def report_to_stderr(message: str) -> None:
-    print(f"jaxgpt: {message}", file=sys.stderr, flush=True)
-
-
-def prepare_corpora(
-    data: DataConfig, tokenizer: TokenizerConfig, report: Report = report_to_stderr
-) -> tuple[Tokenizer, list[Corpus]]:
+def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Tokenizer, list[Corpus]]:
     """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there.
 
     Without `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a
     prepared directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer.
     Raises BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit."""
-    cache_dir = _cache_dir(data)
     opened = [path for path in data.paths if _is_tokenized(path)]
     texts = [path for path in data.paths if path not in opened]
-    groups = (
-        [(path,) for path in data.paths] if data.weights else [*filter(None, [tuple(texts)]), *((p,) for p in opened)]
-    )
-    corpora = {group: TextCorpus(group, data, cache_dir, report) for group in groups if group[0] in texts}
-    chosen = _choose_tokenizer(tokenizer, opened, list(corpora.values()), cache_dir, report)
-    prepared = []
-    for group in groups:
-        if group in corpora:
-            prepared.append(_prepare(corpora[group], chosen, cache_dir, report))
-        elif _is_prepared(group[0]):
-            prepared.append(open_prepared(Path(group[0]), chosen))
-        else:
-            prepared.append(open_nanogpt(Path(group[0]), chosen.vocab_size))
-    return chosen, prepared
-
-
-def _cache_dir(data: DataConfig) -> Path:
-    default = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(data.cache_dir or Path(default, "jaxgpt"))
-
-
-def _is_prepared(path: str) -> bool:
-    return Path(path, "meta.json").exists() and any(Path(path, name).exists() for name in TOKENIZER_FILES)
+    groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in opened)]
+    corpora = [group[0] if group[0] in opened else TextCorpus(group, data) for group in groups if group]
+    chosen = _choose_tokenizer(tokenizer, opened, [each for each in corpora if isinstance(each, TextCorpus)], data)
+    return chosen, [
+        _prepare(corpus, chosen) if isinstance(corpus, TextCorpus) else open_tokenized(Path(corpus), chosen)
+        for corpus in corpora
+    ]
 
 
 def _is_tokenized(path: str) -> bool:
-    return _is_prepared(path) or path.endswith(".bin") or Path(path, "train.bin").exists()
+    prepared = Path(path, "meta.json").exists() and _has_tokenizer(Path(path))
+    return prepared or (os.path.exists(path) and path.endswith(".bin")) or Path(path, "train.bin").exists()
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).exists() for name in TOKENIZER_FILES)
 
 
 def _choose_tokenizer(
-    config: TokenizerConfig, opened: list[str], corpora: list["TextCorpus"], cache_dir: Path, report: Report
+    config: TokenizerConfig, opened: list[str], corpora: list["TextCorpus"], data: DataConfig
 ) -> Tokenizer:
     """The configured tokenizer, else the one that the first tokenized path brings, else one trained on the text."""
     if config.path:
         return load_tokenizer(config.path)
     if opened:
         beside = Path(opened[0]) if os.path.isdir(opened[0]) else Path(opened[0]).parent
-        if not any((beside / name).exists() for name in TOKENIZER_FILES):
+        if not _has_tokenizer(beside):
             raise ConfigError(f"data {opened[0]}: there is no tokenizer.model beside the tokens; set tokenizer.path")
         return load_tokenizer(beside)
     key = _key([corpus.digest for corpus in corpora], asdict(config))
-    path = cache_dir / "tokenizers" / f"{key}.model"
+    path = data.cache_path / "tokenizers" / f"{key}.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        report(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
+        note(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
         total = sum(corpus.survey.text_bytes for corpus in corpora)
         texts = (part.text for corpus in corpora for part in corpus.parts(held_out=False))
         trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
@@ -136,15 +107,12 @@ class Survey:
 class TextCorpus:
     """Text files, what identifies them, and which of their documents are held out."""
 
-    def __init__(self, paths: tuple[str, ...], data: DataConfig, cache_dir: Path, report: Report) -> None:
-        self.name = ",".join(paths)
-        self._data, self._report = data, report
-        self.shard_tokens = data.shard_tokens
-        self._sources = find_sources(paths, cache_dir)
-        names = [source.name for source in self._sources]
+    def __init__(self, paths: list[str], data: DataConfig) -> None:
+        self.name, self.data = ",".join(paths), data
+        self._sources = find_sources(paths, data.cache_path)
         self._digests = self._digest_files()
         settings = {name: getattr(data, name) for name in ("text_key", "val_fraction", "max_bad_documents")}
-        self.digest = _key(FORMAT, names, self._digests, settings)
+        self.digest = _key(FORMAT, [source.name for source in self._sources], self._digests, settings)
 
     def _digest_files(self) -> list[str]:
         with ThreadPoolExecutor() as pool:
@@ -160,11 +128,11 @@ class TextCorpus:
 
         A hash of the content decides, so that this stays when the corpus grows, and copies are on the same side."""
         number, begin, held_out = -1, 0, False
-        for part in read_documents(self._sources, self._data, problems):
+        for part in read_documents(self._sources, self.data, problems):
             if part.first:
                 number, begin = number + 1, 0
                 digest = hashlib.blake2b(part.text.encode(), digest_size=8).digest()
-                held_out = int.from_bytes(digest) < self._data.val_fraction * 2**64
+                held_out = int.from_bytes(digest) < self.data.val_fraction * 2**64
             yield number, begin, held_out, part
             begin += len(part.text)
 
@@ -174,26 +142,26 @@ class TextCorpus:
 
         When the hashes leave nothing on one side (one book, a few files), the end of the longest document is held out
         instead."""
-        problems, text_bytes = Problems(self._data.max_bad_documents), 0
+        problems, text_bytes = Problems(self.data.max_bad_documents), 0
         lengths, longest = [0, 0], (0, 0)  # characters on each side; characters and number of a document
         for number, begin, held_out, part in self._read(problems):
             text_bytes += len(part.text.encode())
             lengths[held_out] += len(part.text)
             longest = max(longest, (begin + len(part.text), number))
         for line in problems.lines():
-            self._report(f"data {self.name}: {line}")
+            note(f"data {self.name}: {line}")
         if not text_bytes:
             raise BadFileError(f"data {self.name}: there is no text in it; check data.paths and data.text_key")
         cut = None
-        if self._data.val_fraction and 0 in lengths:
-            tail = max(1, min(longest[0] // 2, round(self._data.val_fraction * sum(lengths))))
+        if self.data.val_fraction and 0 in lengths:
+            tail = max(1, min(longest[0] // 2, round(self.data.val_fraction * sum(lengths))))
             cut = longest[1], longest[0] - tail
         return Survey(text_bytes, problems, cut)
 
     def parts(self, *, held_out: bool) -> Iterator[Document]:
         """The documents of one side, in order."""
         cut = self.survey.cut
-        for number, begin, by_hash, part in self._read(Problems(self._data.max_bad_documents)):
+        for number, begin, by_hash, part in self._read(Problems(self.data.max_bad_documents)):
             if cut and number == cut[0]:
                 part = _cut(part, cut[1] - begin)[held_out]
             elif held_out != (by_hash and not cut):
@@ -225,21 +193,18 @@ def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Corpus:
+def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
     """Tokenize one corpus into `<cache>/data/<key>/`, or go on where an earlier run stopped, or reuse what is there."""
-    key = _key(text.digest, tokenizer.sha256, text.shard_tokens)
-    directory = cache_dir / "data" / key
+    directory = text.data.cache_path / "data" / _key(text.digest, tokenizer.sha256, text.data.shard_tokens)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / "LOCK", report):
+    with _locked(directory / "LOCK"):
         if (directory / "meta.json").exists():
-            corpus = open_prepared(directory, tokenizer)
-            report(f"data {text.name}: reusing {directory}")
-            return corpus
+            note(f"data {text.name}: reusing {directory}")
+            return open_tokenized(directory, tokenizer)
         for leftover in directory.glob("*.tmp"):  # of a killed run; the lock says that nobody writes them
             leftover.unlink()
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         tokenizer.write(directory)
-        splits = {split: _write_split(directory, split, text, tokenizer, dtype, report) for split in ("train", "val")}
+        splits = {split: _write_split(directory, split, text, tokenizer) for split in ("train", "val")}
         try:
             text.refuse_changes()
         except BadFileError:
@@ -247,28 +212,25 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer, cache_dir: Path, report: Re
             raise
         if bad := text.survey.problems.bad:
             write_atomically(directory / "bad.jsonl", "".join(json.dumps(line) + "\n" for line in bad).encode())
-        identity = {"name": text.name, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
-        write_meta(directory, {**identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits})
+        write_meta(directory, text.name, tokenizer, splits)
     for split, counts in splits.items():
-        report(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    return open_prepared(directory, tokenizer)
+        note(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    return open_tokenized(directory, tokenizer)
 
 
 @contextmanager
-def _locked(path: Path, report: Report) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Hold a file lock; the system releases it when the process ends, however that happens."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report(f"data: waiting for another process that prepares {path.parent}")
+            note(f"data: waiting for another process that prepares {path.parent}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _write_split(
-    directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer, dtype: np.dtype, report: Report
-) -> dict[str, Any]:
+def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write the shards of one split that are not there yet; returns its entry in meta.json."""
     parts = text.parts(held_out=split == "val")
     compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
@@ -282,10 +244,10 @@ def _write_split(
 
     shards = finished_shards(directory, split)
     if shards:
-        report(f"data {text.name}: going on after {len(shards)} finished {split} shards")
+        note(f"data {text.name}: going on after {len(shards)} finished {split} shards")
     todo = itertools.islice(compressed() if split == "val" else parts, sum(shard["parts"] for shard in shards), None)
-    encoded = _encode(todo, tokenizer, dtype, f"data {text.name}: {split}", report)
-    while shard := write_shard(directory / f"{split}_{len(shards):05}", encoded, text.shard_tokens):
+    encoded = _encode(todo, tokenizer, f"data {text.name}: {split}")
+    while shard := write_shard(directory / f"{split}_{len(shards):05}", encoded, text.data.shard_tokens):
         shards.append(shard)
     entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
     if split == "val":
@@ -293,10 +255,9 @@ def _write_split(
     return {**entry, "shards": shards}
 
 
-def _encode(
-    parts: Iterator[Document], tokenizer: Tokenizer, dtype: np.dtype, what: str, report: Report
-) -> Iterator[tuple[Document, np.ndarray]]:
+def _encode(parts: Iterator[Document], tokenizer: Tokenizer, what: str) -> Iterator[tuple[Document, np.ndarray]]:
     """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
+    dtype = token_dtype(tokenizer)
     done, started = 0, time.monotonic()
     reported = started
     while batch := _take(parts):
@@ -305,9 +266,8 @@ def _encode(
             yield part, np.array(ids, dtype)
         done += sum(len(part.text) for part in batch)
         if (now := time.monotonic()) - reported > REPORT_SECONDS:
-            report(
-                f"{what}: {done / 1e6:,.1f} million characters tokenized, {done / 1e6 / (now - started):.1f} a second"
-            )
+            speed = done / 1e6 / (now - started)
+            note(f"{what}: {done / 1e6:,.1f} million characters tokenized, {speed:.1f} a second")
             reported = now
 
 

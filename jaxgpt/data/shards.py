@@ -19,11 +19,12 @@ import numpy as np
 
 from jaxgpt.data.corpus import Document
 from jaxgpt.errors import BadFileError
-from jaxgpt.files import write_atomically
+from jaxgpt.files import parse_json, write_atomically
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
+REMEDY = "restore the directory, or remove it and prepare the text again"
 
 
 class TokenStream:
@@ -83,6 +84,11 @@ class Corpus:
     """Changes when any token does; a resumed run compares it."""
 
 
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """How its tokens are stored."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
 def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
     """Write the tokens of parts until `shard_tokens` is reached; returns counts and hashes, None without parts.
 
@@ -123,24 +129,31 @@ def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
     """The side-cars of the shards that an earlier run finished, in order, without their names."""
     shards: list[dict[str, Any]] = []
     while (path := directory / f"{split}_{len(shards):05}.json").exists():
-        shard = _read_json(path)
-        shard.pop("names", None)
-        shards.append(shard)
+        shards.append({name: value for name, value in _read_json(path).items() if name != "names"})
     return shards
 
 
-def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[str, Any]) -> None:
     """Mark a prepared directory as complete."""
-    write_atomically(directory / "meta.json", (json.dumps({"format": FORMAT, **meta}, indent=1) + "\n").encode())
+    identity = {"name": name, "dtype": token_dtype(tokenizer).name, "vocab_size": tokenizer.vocab_size}
+    meta = {"format": FORMAT, **identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
+    write_atomically(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+
+def open_tokenized(path: Path, tokenizer: Tokenizer) -> Corpus:
+    """Open a prepared directory, or what `open_nanogpt` opens."""
+    is_prepared = (path / "meta.json").exists()
+    return open_prepared(path, tokenizer) if is_prepared else open_nanogpt(path, tokenizer.vocab_size)
 
 
 def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES.
 
     Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""
-    meta = _read_json(directory / "meta.json")
+    path = directory / "meta.json"
+    meta = _read_json(path)
     if meta.get("format") != FORMAT:
-        raise _bad(directory / "meta.json", f"is of format {meta.get('format')}, and this version reads {FORMAT}")
+        raise _bad(path, f"is of format {meta.get('format')}, and this version reads {FORMAT}")
     try:
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         if meta["tokenizer_sha256"] != tokenizer.sha256:
@@ -160,37 +173,34 @@ def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
             val_gzip_bytes=val["gzip_bytes"],
             fingerprint=hashlib.sha256(json.dumps(meta["splits"], sort_keys=True).encode()).hexdigest(),
         )
+    except FileNotFoundError as error:
+        raise _bad(error.filename, "is missing") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise _bad(directory / "meta.json", f"has no usable field {error}") from None
+        raise _bad(path, f"has no usable field {error}") from None
 
 
 def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype: np.dtype) -> TokenStream:
     """Map every shard of a split into memory."""
-    opened, starts, name_files, base, left = [], [np.empty(0, np.int64)], [], 0, VERIFIED_BYTES
+    opened, starts, name_files, base = [], [np.empty(0, np.int64)], [], 0
     for number, shard in enumerate(shards):
-        stem = f"{split}_{number:05}"
-        path = directory / f"{stem}.bin"
-        tokens = _map_tokens(path, dtype)
+        stem = directory / f"{split}_{number:05}"
+        path, offsets_path = stem.with_suffix(".bin"), stem.with_suffix(".offsets.npy")
+        tokens, offsets = _map_tokens(path, dtype), offsets_path.read_bytes()
         if len(tokens) != shard["tokens"]:
             raise _bad(path, f"holds {len(tokens)} tokens where meta.json says {shard['tokens']}")
-        if left > 0 and _sha256(tokens) != shard["sha256"]:
-            raise _bad(path, "its SHA-256 is not the one in meta.json")
-        offsets = _load_offsets(directory / f"{stem}.offsets.npy", shard["offsets_sha256"])
+        if base * dtype.itemsize < VERIFIED_BYTES:
+            _verify(path, tokens.data, shard["sha256"])
+        _verify(offsets_path, offsets, shard["offsets_sha256"])
         opened.append(tokens)
-        starts.append(offsets + base)
-        name_files.append((directory / f"{stem}.json", shard["documents"]))
-        base, left = base + len(tokens), left - tokens.nbytes
+        starts.append(np.load(io.BytesIO(offsets), allow_pickle=False) + base)
+        name_files.append((stem.with_suffix(".json"), shard["documents"]))
+        base += len(tokens)
     return TokenStream(opened, np.concatenate(starts), name_files)
 
 
-def _load_offsets(path: Path, sha256: str) -> np.ndarray:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise _bad(path, "is missing") from None
-    if hashlib.sha256(raw).hexdigest() != sha256:
+def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise _bad(path, "its SHA-256 is not the one in meta.json")
-    return np.asarray(np.load(io.BytesIO(raw), allow_pickle=False))
 
 
 def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
@@ -202,36 +212,22 @@ def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
     val_path = train_path.with_name("val.bin")
     val = _map_tokens(val_path, np.dtype("<u2")) if val_path.exists() else train[:0]
     streams = [TokenStream([tokens], np.zeros(1, np.int64), []) for tokens in (train, val)]
-    fingerprint = hashlib.sha256((_sha256(train) + _sha256(val)).encode()).hexdigest()
+    digests = [hashlib.sha256(tokens.data).hexdigest() for tokens in (train, val)]
+    fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
     return Corpus(str(path), train_path.parent, vocab_size, streams[0], streams[1], None, None, fingerprint)
 
 
 def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise _bad(path, "is missing") from None
+    size = path.stat().st_size
     if size % dtype.itemsize:
         raise _bad(path, f"has {size} bytes, which is not a whole number of {dtype.itemsize}-byte tokens")
     # asarray: slices of np.memmap itself are 20 times slower
     return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
 
 
-def _sha256(tokens: np.ndarray) -> str:
-    return hashlib.sha256(tokens.data).hexdigest()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise _bad(path, "is missing") from None
-    except (ValueError, RecursionError):
-        raise _bad(path, "is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise _bad(path, "is not a JSON object")
-    return value
+    return parse_json(path.read_bytes(), f"data {path}:", REMEDY)
 
 
 def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(f"data {path}: {why}; restore the directory, or remove it and prepare the text again")
+    return BadFileError(f"data {path}: {why}; {REMEDY}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import random
@@ -26,10 +27,13 @@ TOKENIZER = TokenizerConfig(vocab_size=500, training_bytes=100_000)
 
 
 def prepare(cache: Path, *paths: Path | str, **settings: object) -> tuple[Tokenizer, list[Corpus], list[str]]:
-    said: list[str] = []
+    said = io.StringIO()
     config = DataConfig(paths=tuple(map(str, paths)), cache_dir=str(cache), **settings)  # type: ignore[arg-type]
-    tokenizer, corpora = prepare_corpora(config, TOKENIZER, said.append)
-    return tokenizer, corpora, said
+    with contextlib.redirect_stderr(said):
+        tokenizer, corpora = prepare_corpora(config, TOKENIZER)
+    lines = said.getvalue().splitlines()
+    assert all(line.startswith("jaxgpt: ") for line in lines)
+    return tokenizer, corpora, [line.removeprefix("jaxgpt: ") for line in lines]
 
 
 def tokens_of(stream: TokenStream) -> list[int]:
@@ -268,7 +272,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(prepare_module, moment, meddle)
     with pytest.raises(BadFileError, match="a file changed while it was read"):
-        prepare_corpora(config, TOKENIZER, print)
+        prepare_corpora(config, TOKENIZER)
     left = [path.parent.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert left == ([] if moment == "train_tokenizer" else ["tokenizers"]), (
         "nothing of the other text may be found again"
@@ -297,7 +301,7 @@ from jaxgpt.data import prepare, corpus
 prepare.BATCH_CHARACTERS = 2**18
 corpus.PART_CHARACTERS = 2**17
 data = DataConfig(paths=(sys.argv[1],), cache_dir=sys.argv[2], shard_tokens=2**18)
-prepare.prepare_corpora(data, TokenizerConfig(vocab_size=500, training_bytes=100_000), lambda message: None)
+prepare.prepare_corpora(data, TokenizerConfig(vocab_size=500, training_bytes=100_000))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
