@@ -33,9 +33,6 @@ class Batch(NamedTuple):
     """Counts tokens from 0 at the start of each document, and at the start of the row."""
 
 
-_PADDING = (0, -1, 0, 0)  # of tokens, labels, segment_ids, positions
-
-
 def make_batch(stream: TokenStream, begins: np.ndarray, length: int) -> Batch:
     """Windows stream[begin : begin + length] as a batch; what lies behind the end of the stream is padding."""
     window = stream.rows(begins.tolist(), length + 1)
@@ -67,22 +64,21 @@ class Loader:
         batch_size: int,
         sequence_length: int,
         seed: int,
-        rows: slice | None = None,
+        rows: slice = slice(None),
     ) -> None:
         """weights: share of the rows from each corpus, by default its share of the tokens; rows: this host's part.
 
         Raises ConfigError when a corpus is shorter than one sequence."""
-        self._corpora, self._streams = corpora, [corpus.train for corpus in corpora]
-        self._batch_size, self._length, self._seed = batch_size, sequence_length, seed
-        self._rows = np.arange(batch_size)[rows if rows is not None else slice(None)]
-        # The last label of a window is the token after it.
-        self._windows = np.array([(len(corpus.train) - 1) // sequence_length for corpus in corpora])
-        for corpus, windows in zip(corpora, self._windows, strict=True):
-            if windows < 1:
+        self._corpora, self._length, self._seed = corpora, sequence_length, seed
+        self._batch_size, self._rows = batch_size, np.arange(batch_size)[rows]
+        for corpus in corpora:
+            if len(corpus.train) <= sequence_length:
                 raise ConfigError(
                     f"data {corpus.name}: {len(corpus.train)} training tokens are fewer than one sequence of "
                     f"{sequence_length} and its last label; lower model.context_length or add text"
                 )
+        # The last label of a window is the token after it.
+        self._windows = np.array([(len(corpus.train) - 1) // sequence_length for corpus in corpora])
         shares = np.array(weights if len(weights) else self._windows, float)
         self._pattern, self._rank, self._counts = _mixture(shares / shares.sum())
 
@@ -108,7 +104,7 @@ class Loader:
     def __getitem__(self, step: int) -> Batch:
         """This host's rows of batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
         corpus_of_row, begins = self._draw(step)
-        return _read(self._corpora, self._streams, corpus_of_row, begins, self._length, f"training step {step}")
+        return _read(self._corpora, "train", corpus_of_row, begins, self._length, f"training step {step}")
 
     def __len__(self) -> int:
         """Training never runs out: the number of steps that can be asked for."""
@@ -137,52 +133,40 @@ class EvalWindows:
         batch_size: int,
         sequence_length: int,
         batches: int = 0,
-        rows: slice | None = None,
+        rows: slice = slice(None),
     ) -> None:
         """batches: take only this many, evenly spaced over all windows; 0 takes all. rows: this host's part of each."""
-        self._corpora, self._streams = corpora, [corpus.val for corpus in corpora]
-        self._batch_size, self._length = batch_size, sequence_length
-        self._rows = rows if rows is not None else slice(None)
-        begins = [np.arange(0, max(len(stream) - 1, 0), sequence_length) for stream in self._streams]
-        self._begins = np.concatenate(begins)
-        self._corpus = np.repeat(np.arange(len(corpora)), [len(b) for b in begins])
-        if 0 < batches * batch_size < len(self._begins):
-            chosen = np.arange(batches * batch_size) * len(self._begins) // (batches * batch_size)
-            self._begins, self._corpus = self._begins[chosen], self._corpus[chosen]
+        self._corpora, self._length, self._rows = corpora, sequence_length, rows
+        begins = [np.arange(0, len(corpus.val) - 1, sequence_length) for corpus in corpora]
+        corpus_of_window = np.repeat(np.arange(len(corpora)), [len(each) for each in begins])
+        windows = np.stack([corpus_of_window, np.concatenate(begins)])
+        count, wanted = windows.shape[1], batches * batch_size
+        if 0 < wanted < count:
+            windows = windows[:, np.arange(wanted) * count // wanted]
+        behind = [[len(corpora) - 1], [len(corpora[-1].val)]]  # a window of nothing but padding
+        padding = np.repeat(behind, -windows.shape[1] % batch_size, axis=1)
+        self._windows = np.concatenate([windows, padding], axis=1).reshape(2, -1, batch_size)
 
     def __len__(self) -> int:
         """Batches; 0 when nothing is held out."""
-        return -(-len(self._begins) // self._batch_size)
+        return self._windows.shape[1]
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`; rows after the last window are padding. Raises IndexError behind the last batch."""
         if not 0 <= index < len(self):
             raise IndexError(f"evaluation batch {index}: there are {len(self)}")
-        here = slice(index * self._batch_size, (index + 1) * self._batch_size)
-        where = f"evaluation batch {index}"
-        batch = _read(self._corpora, self._streams, self._corpus[here], self._begins[here], self._length, where)
-        missing = self._batch_size - len(batch.tokens)
-        padded = (
-            np.pad(field, ((0, missing), (0, 0)), constant_values=fill)
-            for field, fill in zip(batch, _PADDING, strict=True)
-        )
-        return Batch(*(field[self._rows] for field in padded))
+        corpus_of_row, begins = self._windows[:, index, self._rows]
+        return _read(self._corpora, "val", corpus_of_row, begins, self._length, f"evaluation batch {index}")
 
 
 def _read(
-    corpora: Sequence[Corpus],
-    streams: Sequence[TokenStream],
-    corpus_of_row: np.ndarray,
-    begins: np.ndarray,
-    length: int,
-    where: str,
+    corpora: Sequence[Corpus], split: str, corpus_of_row: np.ndarray, begins: np.ndarray, length: int, where: str
 ) -> Batch:
     """The windows at `begins`, each in its row's corpus; raises BadFileError for a token outside the vocabulary."""
     batch = Batch(*(np.empty((len(begins), length), np.int32) for _ in Batch._fields))
     for number in np.unique(corpus_of_row):
-        chosen = corpus_of_row == number
-        corpus = corpora[number]
-        part = make_batch(streams[number], begins[chosen], length)
+        chosen, corpus = corpus_of_row == number, corpora[number]
+        part = make_batch(getattr(corpus, split), begins[chosen], length)
         highest = max(part.tokens.max(), part.labels.max())
         if highest >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
             raise BadFileError(
