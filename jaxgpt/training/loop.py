@@ -9,8 +9,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import jax
@@ -31,34 +30,6 @@ from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import evaluate, gzip_bits_per_byte
 from jaxgpt.training.metrics import Display, MetricsLog, Record, Speed
 from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
-
-
-class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; the second one leaves the process at once."""
-
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
-        self._requested = False
-
-    def __call__(self) -> bool:
-        return self._requested
-
-    def _handle(self, *_: object) -> None:
-        if self._requested:
-            saved = self._checkpoints.saved_step
-            os.write(2, f"jaxgpt: left at once; the newest saved step is {saved}, the same command resumes\n".encode())
-            os._exit(Stopped.exit_status)
-        self._requested = True
-        os.write(2, b"\njaxgpt: saving, then leaving (once more: leave at once)\n")
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def train(config: TrainConfig) -> None:
@@ -92,10 +63,7 @@ class Trainer:
         self.loader = Loader(self.corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
         parts = training.accumulation_steps  # a whole batch may not fit
         self.windows = EvalWindows(
-            self.corpora,
-            batch_size=size // parts,
-            sequence_length=length,
-            batches=training.eval_batches * parts,
+            self.corpora, batch_size=size // parts, sequence_length=length, batches=training.eval_batches * parts
         )
         self.provenance = {
             "seed": training.seed,
@@ -103,21 +71,18 @@ class Trainer:
             "data": [corpus.fingerprint for corpus in self.corpora],
         }
         self.eval_step = make_eval_step(self.config)
-        self.stop = StopRequest(self.checkpoints)
+        self.stopping = False
         self.speed = Speed()
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the seed, to the last step."""
         state, start = self.first_state()
-        primary = jax.process_index() == 0
-        with ExitStack() as stack:
-            self.display = stack.enter_context(Display(self.config.training.steps, start, quiet=not primary))
-            self.log = MetricsLog(self.config, start) if primary else None
-            if self.log:
-                stack.callback(self.log.close)
-                # Not before: a run that refuses these must keep its own.
-                write_run(self.config, self.tokenizer, self.config.run_path)
-            stack.enter_context(self.stop.listening())
+        display = Display(self.config.training.steps, start, quiet=jax.process_index() > 0)
+        with display as self.display, closing(MetricsLog(self.config, start)) as self.log, ExitStack() as stack:
+            # Not before: a run that refuses these must keep its own.
+            write_run(self.config, self.tokenizer, self.config.run_path)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self.handle_signal))
             self.announce(state, start)
             state = self.steps(state, start)
         self.checkpoints.wait()
@@ -126,8 +91,16 @@ class Trainer:
                 f"{self.config.run_path}: the last step could not be saved, the newest is {saved}; make room and run "
                 f"the same command again"
             )
-        if primary:
-            self.sample(state)
+        self.sample(state)
+
+    def handle_signal(self, *_: object) -> None:
+        """The first Ctrl-C or SIGTERM asks for a stop, the second one leaves the process at once."""
+        if self.stopping:
+            saved = self.checkpoints.saved_step
+            os.write(2, f"jaxgpt: left at once; the newest saved step is {saved}, the same command resumes\n".encode())
+            os._exit(Stopped.exit_status)
+        self.stopping = True
+        os.write(2, b"\njaxgpt: saving, then leaving (once more: leave at once)\n")
 
     def first_state(self) -> tuple[TrainState, int]:
         """The newest intact checkpoint, or the initial state, and its step."""
@@ -176,29 +149,26 @@ class Trainer:
         if start >= last:
             self.display.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
+        step_function = self.compiled(state, place_batch(self.loader[start]))
         batches = self.loader.iterate(start)
-        batch = place_batch(next(batches))
-        step_function = self.compiled(state, batch)
         unreported: tuple[int, Metrics] | None = None
         self.speed.resume()
         for step in range(start + 1, last + 1):
-            state, metrics = step_function(state, batch)
+            state, metrics = step_function(state, place_batch(next(batches)))
             if unreported:
                 self.report(*unreported)
             self.checkpoints.poll()
             unreported = step, metrics
-            if self.stop() or self.save_due(step) or self.evaluation_due(step):
+            if self.stopping or self.save_due(step) or self.evaluation_due(step):
                 self.report(*unreported)
                 unreported = None
                 self.pause(step, state)
-            if step < last:
-                batch = place_batch(next(batches))
         return state
 
     def pause(self, step: int, state: TrainState) -> None:
         """Evaluate and save as is due; save and leave when a stop was asked for."""
         complete = not self.evaluation_due(step) or self.evaluate(step, state)
-        stopping = self.stop()  # asked once, since a signal may come between two lines
+        stopping = self.stopping  # asked once, since a signal may come between two lines
         if stopping or self.save_due(step):
             self.save(step, state)
         if stopping and not (complete and step == self.config.training.steps):
@@ -237,32 +207,26 @@ class Trainer:
                 f"{self.checkpoints.saved_step}: look at these documents, or lower optimizer.peak_lr"
             )
         tokens = self.config.training.batch_size * self.config.model.context_length
-        record: Record = {
-            "step": step,
-            "loss": float(values["loss"]),
-            "tokens_per_second": tokens / self.speed.seconds_per_step(),
-            "learning_rate": float(values["learning_rate"]),
-            "grad_norm": float(values["grad_norm"]),
-            "tokens": step * tokens,
-        }
-        record |= {name: float(values[name]) for name in values if name.startswith("router")}
+        speed = tokens / self.speed.seconds_per_step()
+        loss = float(values["loss"])
+        record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * tokens}
+        record |= {name: float(x) for name, x in values.items() if name not in ("loss", "tokens", "finite")}
         if peak := peak_flops(jax.sharding.get_mesh()):
-            record["mfu"] = record["tokens_per_second"] * 3 * forward_flops_per_token(self.config.model) / peak
+            record["mfu"] = speed * 3 * forward_flops_per_token(self.config.model) / peak
         due = step % self.config.training.log_every == 0 or step == self.config.training.steps
         self.display.step(record, self.speed.seconds_per_step(), due=due)
         if due:
-            if self.log:
-                self.log.write(record)
+            self.log.write(record)
             self.speed.restart()
 
     def evaluation_due(self, step: int) -> bool:
         every, last = self.config.training.eval_every, step == self.config.training.steps
-        done = self.log is not None and step in self.log.evaluated
-        return bool(len(self.windows)) and not done and (last or bool(every and step % every == 0))
+        due = last or bool(every and step % every == 0)
+        return due and len(self.windows) > 0 and step not in self.log.evaluated
 
     def evaluate(self, step: int, state: TrainState) -> bool:
         """Measure the averaged parameters on held-out text; False when a stop comes first, and the next run does it."""
-        figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, self.stop)
+        figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, lambda: self.stopping)
         if figures is None:
             return False
         if not math.isfinite(figures["val_loss"]):
@@ -272,13 +236,11 @@ class Trainer:
             )
         record = {"step": step, **figures}
         self.display.evaluation(record, gzip_bits_per_byte(self.corpora))
-        if self.log:
-            self.log.write(record)
+        self.log.write(record)
         return True
 
     def save(self, step: int, state: TrainState) -> None:
-        if self.log:
-            self.log.sync()
+        self.log.sync()
         self.checkpoints.save(step, *state.parts(), self.provenance)
 
     def sample(self, state: TrainState) -> None:
