@@ -36,7 +36,10 @@ class MetricsLog:
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
         """Steps whose evaluation is recorded."""
         self._file = path.open("ab", buffering=0)
-        self._board = _open_board(config.run_path / "tensorboard")
+        # Not tensorboardX's SummaryWriter: it writes in a thread, which a full disk ends, and training waits for ever.
+        (config.run_path / "tensorboard").mkdir(exist_ok=True)
+        board = config.run_path / f"tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._board = board.open("ab", buffering=0)
         _append(self._board, _event(step=0, file_version="brain.Event:2"))
         _append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
 
@@ -74,19 +77,11 @@ def _append(file: io.FileIO, content: bytes) -> None:
         raise
 
 
-def _open_board(directory: Path) -> io.FileIO:
-    """A new event file. (SummaryWriter writes in a thread: a full disk ends that, and training waits for ever.)"""
-    directory.mkdir(exist_ok=True)
-    return (directory / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}").open("ab", buffering=0)
-
-
 def _event(**fields: Any) -> bytes:
     """One record of TensorBoard's file: length, its checksum, a protocol buffer, its checksum."""
     content: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack("<Q", len(content))
-    return b"".join(
-        (length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content)))
-    )
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, content))
 
 
 def _line(record: Record) -> bytes:
@@ -97,12 +92,10 @@ def _records_until(path: Path, step: int) -> list[Record]:
     """The whole records up to a step, in order; a line that a dying machine tore is not one."""
     records: list[Record] = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             if record["step"] <= step:
                 records.append(record)
-        except (ValueError, TypeError, KeyError):
-            continue
     return records
 
 
@@ -166,9 +159,9 @@ class Display:
 
     def step(self, record: Record, seconds_per_step: float, *, due: bool) -> None:
         """Show one training step; plain lines only when its record is `due`."""
-        left = (self._steps - record["step"]) * seconds_per_step
-        speed, mfu = f"{record['tokens_per_second']:,.0f} tokens/s", f"MFU {_percent(record.get('mfu'))}"
-        figures = f"loss {record['loss']:.4f}  {speed}  {mfu}  {_clock(left)} left"
+        left = _clock((self._steps - record["step"]) * seconds_per_step)
+        mfu = "n/a" if (share := record.get("mfu")) is None else f"{100 * share:.1f} %"
+        figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}  {left} left"
         self._bar.update(self._task, completed=record["step"], figures=figures)
         if due and self._bar.disable:
             self.say(f"step {record['step']}/{self._steps}  {figures}")
@@ -179,10 +172,6 @@ class Display:
         beside = "" if gzip_bits is None else f"  (gzip -9: {gzip_bits:.3f})"
         loss = f"held-out loss {record['val_loss']:.4f}"
         self.say(f"step {record['step']}/{self._steps}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")
-
-
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f} %"
 
 
 def _clock(seconds: float) -> str:
