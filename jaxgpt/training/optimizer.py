@@ -1,5 +1,7 @@
 """The update rule: Optax transformations chosen by the configuration, and the learning-rate schedule."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,25 +37,17 @@ def decays(path: tuple[Any, ...]) -> bool:
     return parameter_name(path).rsplit(".", 1)[-1] not in ("bias", "scale")
 
 
-def _decay_mask(parameters: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), parameters)
-
-
-def _muon_labels(parameters: Any) -> Any:
-    name = lambda path: "muon" if parameter_name(path).endswith(".kernel") else "adam"  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: name(path), parameters)
-
-
-def _muon_dimensions(kernels: Any) -> Any:
+def _muon_dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers:
     """Which axes of a kernel [L, ...] are its input and its output."""
+    if ".mlp." in (name := parameter_name(path)) and p.ndim == 4:
+        return MuonDimensionNumbers((2,), (3,))  # each expert alone
+    inputs = p.ndim - 2 if name.endswith("attention.output.kernel") else 1  # H and K are merged
+    return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
 
-    def dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers:
-        if ".mlp." in (name := parameter_name(path)) and p.ndim == 4:
-            return MuonDimensionNumbers((2,), (3,))  # each expert alone
-        inputs = p.ndim - 2 if name.endswith("attention.output.kernel") else 1  # H and K are merged
-        return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
 
-    return jax.tree_util.tree_map_with_path(dimensions, kernels)
+def _of_each(choose: Callable[..., Any]) -> Callable[[Any], Any]:
+    """The tree of `choose(path, parameter)`, as a function of a tree of parameters."""
+    return functools.partial(jax.tree_util.tree_map_with_path, choose)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -75,16 +69,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 -1.0,
                 beta=config.beta1,
                 eps=config.epsilon,
-                muon_weight_dimension_numbers=_muon_dimensions,
+                muon_weight_dimension_numbers=_of_each(_muon_dimensions),
                 consistent_rms=0.2,
             )
             # Optax's own choice for all else is Adam with Nesterov momentum, whose first steps are half as large again.
             adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-            rule = optax.partition({"muon": _sharded_by_compiler(orthogonal), "adam": adam}, _muon_labels)
+            label = _of_each(lambda path, _: "muon" if parameter_name(path).endswith(".kernel") else "adam")
+            rule = optax.partition({"muon": _sharded_by_compiler(orthogonal), "adam": adam}, label)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         rule,
-        optax.add_decayed_weights(config.weight_decay, _decay_mask),
+        optax.add_decayed_weights(config.weight_decay, _of_each(lambda path, _: decays(path))),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
