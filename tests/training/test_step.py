@@ -279,13 +279,14 @@ def test_evaluation_sums_each_row(runner: Callable[..., Runner]) -> None:
     np.testing.assert_allclose(rows_B, expected_B, rtol=1e-6)
 
 
-def poisoned_loss(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+def poisoned_loss(*arguments: Any) -> tuple[jax.Array, jax.Array, None]:
     """The loss, spoilt when the largest token is 57 (NaN), 58 (infinite) or 59 (finite, but its gradient is NaN)."""
-    total, losses_BT, _ = batch_loss(*arguments)
+    total, losses_BT, router = batch_loss(*arguments)
+    assert router is None
     largest = arguments[1].tokens.max()
     factor = jnp.where(largest == 57, jnp.nan, jnp.where(largest == 58, jnp.inf, 1.0))
     kink = 0 * jnp.sqrt(jnp.where(largest == 59, 0.0, 1.0) * total)  # the slope of a root is infinite at 0
-    return factor * total + kink, factor * losses_BT
+    return factor * total + kink, factor * losses_BT, None
 
 
 @pytest.fixture(scope="module")
