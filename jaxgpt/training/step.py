@@ -2,7 +2,7 @@
 
 Letters: A accumulation steps, B batch, T length, D model width, V vocabulary."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -131,19 +131,18 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
         updates, new_optimizer = optimizer.update(grads, state.optimizer, state.model)
-        new_model = optax.apply_updates(state.model, updates)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-        ema = state.ema
+        new_model, ema = optax.apply_updates(state.model, updates), state.ema
         if ema is not None:
-            ema = keep(jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, new_model), ema)
+            ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, new_model)
+        updated = TrainState(state.step, new_model, new_optimizer, ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         metrics = losses | {
             "grad_norm": norm,
             "learning_rate": rate(state.optimizer[-1].count),  # less than the step after skipped updates
             "tokens": tokens,
             "finite": finite,
         }
-        new_state = TrainState(state.step + 1, keep(new_model, state.model), keep(new_optimizer, state.optimizer), ema)
-        return new_state, metrics
+        return replace(kept, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
