@@ -76,9 +76,9 @@ class Corpus:
     vocab_size: int
     train: TokenStream
     val: TokenStream
-    val_bytes: int | None
-    """UTF-8 bytes of the held-out text; None when they are not known (nanoGPT)."""
-    val_gzip_bytes: int | None
+    val_bytes: int
+    """UTF-8 bytes of the held-out text; 0 when they are not known (nanoGPT)."""
+    val_gzip_bytes: int
     """The same text after `gzip -9`: what any compressor gets without learning."""
     fingerprint: str
     """Changes when any token does; a resumed run compares it."""
@@ -214,7 +214,7 @@ def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
     streams = [TokenStream([tokens], np.zeros(1, np.int64), []) for tokens in (train, val)]
     digests = [hashlib.sha256(tokens.data).hexdigest() for tokens in (train, val)]
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Corpus(str(path), train_path.parent, vocab_size, streams[0], streams[1], None, None, fingerprint)
+    return Corpus(str(path), train_path.parent, vocab_size, streams[0], streams[1], 0, 0, fingerprint)
 
 
 def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -51,7 +51,6 @@ def evaluate(
 
 def gzip_bits_per_byte(corpora: list[Corpus]) -> float | None:
     """What `gzip -9` needs for the same held-out text; None when it is not known."""
-    known = [(corpus.val_gzip_bytes, corpus.val_bytes) for corpus in corpora]
-    if not all(compressed and plain for compressed, plain in known):
+    if not all(corpus.val_bytes for corpus in corpora):
         return None
-    return 8 * sum(compressed or 0 for compressed, _ in known) / sum(plain or 0 for _, plain in known)
+    return 8 * sum(corpus.val_gzip_bytes for corpus in corpora) / sum(corpus.val_bytes for corpus in corpora)

@@ -23,7 +23,7 @@ def stream(tokens: int, seed: int = 0, shards: int = 3, longest: int = 40) -> To
 
 def corpus(tokens: int = 1000, seed: int = 0, val: int = 0, vocab_size: int = 2**31 - 1) -> Corpus:
     train, held_out = stream(tokens, seed), stream(val, seed + 1) if val else TokenStream([], np.empty(0, np.int64), [])
-    return Corpus(f"corpus {seed}", Path(), vocab_size, train, held_out, None, None, "")
+    return Corpus(f"corpus {seed}", Path(), vocab_size, train, held_out, 0, 0, "")
 
 
 def loader(corpora: list[Corpus], weights: tuple[float, ...] = (), batch_size: int = 8, **options: object) -> Loader:
@@ -151,7 +151,7 @@ def test_documents_are_named(tmp_path: Path) -> None:
     assert [named.names(*window) for window in ((0, 10), (9, 11), (25, 48), (45, 51), (60, 70), (0, 80))] == [
         ["a"], ["a", "b"], ["c"], ["c", "d"], ["d"], ["a", "b", "c", "d"]
     ]  # fmt: skip
-    data = loader([Corpus("", Path(), 9, named, named, None, None, "")], batch_size=4)
+    data = loader([Corpus("", Path(), 9, named, named, 0, 0, "")], batch_size=4)
     assert sorted(data.documents(0)) == ["a", "b", "c", "d"]
 
 
@@ -159,7 +159,7 @@ def test_errors() -> None:
     assert len(loader([corpus(T + 1)])[0].tokens) == 8
     with pytest.raises(ConfigError, match=r"corpus 0: 16 training tokens are fewer than one sequence of 16"):
         loader([corpus(T)])
-    empty = Corpus("corpus 7", Path(), 9, TokenStream([], np.empty(0, np.int64), []), stream(9), None, None, "")
+    empty = Corpus("corpus 7", Path(), 9, TokenStream([], np.empty(0, np.int64), []), stream(9), 0, 0, "")
     with pytest.raises(ConfigError, match="corpus 7: 0 training tokens"):
         loader([corpus(), empty])
     with pytest.raises(BadFileError, match=r"corpus 0, training step 0: token \d+ is outside the vocabulary of 500"):
