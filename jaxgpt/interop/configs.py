@@ -96,6 +96,8 @@ def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
         if hf["rope_type"] in ("longrope", "su"):
             hf = _usual_longrope(hf) | hf
         config = _model_config(hf, family, where)
+        if config.vocab_size is None:
+            raise ValueError("there is no vocab_size")
         layers: Json = {"windows": _read_windows(hf, family, config)}
         if "rotary_layers" in family.keys:
             interval = hf.get("no_rope_layer_interval") or 4
@@ -186,13 +188,15 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
     )
 
 
+def _close(a: Any, b: Any) -> bool:
+    """Equal, or as near as frequencies that were computed in float32."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_close, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5))
+
+
 def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """The fields that are not equal, or as near as the float32 of GGUF."""
-
-    def close(x: Any, y: Any) -> bool:
-        return x == y or (isinstance(x, float) and isinstance(y, float) and math.isclose(x, y, rel_tol=1e-6))
-
-    return [f.name for f in dataclasses.fields(a) if not close(getattr(a, f.name), getattr(b, f.name))]
+    return [f.name for f in dataclasses.fields(a) if not _close(getattr(a, f.name), getattr(b, f.name))]
 
 
 def _values(config: ModelConfig) -> Json:
@@ -225,9 +229,10 @@ def _as_family(config: ModelConfig, family: Family) -> Json:
 
 def _write_rope(rope: Json, local_theta: float | None) -> Json:
     """Both the newer `rope_parameters` and the older keys, which other tools still read."""
-    older = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    hf = {key: rope[key] for key in older if key in rope} | {"rope_parameters": rope}
-    hf["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    hf = {key: rope[key] for key in beside if key in rope} | {"rope_parameters": rope}
+    scaling = {key: value for key, value in rope.items() if key not in beside[:2]}
+    hf["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
     if local_theta is not None:
         local = {"rope_type": "default", "rope_theta": local_theta}
         hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
@@ -262,7 +267,7 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
             llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             hf = llama3 | hf | {"rope_type": "llama3", "factor": float(factors.read().max())}
         _, config = read_config(hf, where)
-        if factors and not np.allclose(_slowing(config), factors.read(), rtol=1e-5):
+        if factors and not _close(_slowing(config).tolist(), factors.read().tolist()):
             raise ValueError("rope_freqs.weight is no scaling of Llama 3 that is known")
     if config.n_layers in family.gguf_wide_scalar:
         config = dataclasses.replace(config, query_scalar=config.d_model / config.n_heads)

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,11 +70,11 @@ class Layout:
             shape[axis] = sum(self.shape(row)[axis] for row in rows)
         return tuple(shape)
 
-    def each(self, template: str) -> list[tuple[str, int | None, int | None]]:
+    def each(self, template: str) -> Iterator[tuple[str, int | None, int | None]]:
         """The name, layer and expert of each tensor."""
         layers = range(self.config.n_layers) if "{}" in template else [None]
         experts = range(self.config.n_experts) if "{e}" in template else [None]
-        return [(template.format(layer, e=expert), layer, expert) for layer in layers for expert in experts]
+        return ((template.format(layer, e=expert), layer, expert) for layer in layers for expert in experts)
 
     def read(self, tensors: Mapping[str, StoredTensor], row: Row, rows: list[Row], layer: int | None) -> np.ndarray:
         """The parameter of one layer, in our axes; a view of what was read where that is possible."""
