@@ -140,9 +140,9 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(1, math.inf, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
-        self.within(1, math.inf, "context_length", "vocab_size", "rope_theta", "local_rope_theta")
-        self.within(1, math.inf, "rope_original_context", "experts_per_token")
+        self.within(1, 2**16, "n_layers", "experts_per_token")  # what a hostile file claims must not fill the memory
+        self.within(1, 2**31, "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context_length", "vocab_size")
+        self.within(1, math.inf, "rope_original_context", "rope_theta", "local_rope_theta")
         self.within(1e-6, math.inf, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
         self.within(1e-6, math.inf, "query_scalar", "rope_factor")
         self.within(0, 2**16, "n_experts")

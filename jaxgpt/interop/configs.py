@@ -1,13 +1,17 @@
 """config.json of Hugging Face and the metadata of GGUF as a ModelConfig, and back.
 
-Both directions follow the declarations in families.py. GGUF metadata is translated to the keys of config.json first,
+Both directions follow the declarations in families.toml. GGUF metadata is translated to the keys of config.json first,
 so that there is one reading of each setting. A configuration is written only as a family that reads it back equal."""
 
+import contextlib
 import dataclasses
+import json
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.interop.families import FAMILIES, Family, family_of
@@ -17,150 +21,146 @@ from jaxgpt.model_config import ModelConfig
 
 Json = dict[str, Any]
 
-_ACTIVATIONS = {  # the first of a value is the one that is written
-    "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+_ADAPTER = TypeAdapter(ModelConfig)
+_WORDS = {  # field -> theirs and ours; the first of ours is written, or what the family has where nothing is said
+    "activation": {
+        "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+    },
+    "rope_scaling": {
+        "default": "none", "linear": "linear", "llama3": "llama3", "longrope": "longrope", "su": "longrope",
+    },
 }  # fmt: skip
+_SCALING = {  # the fields that each kind of scaling uses
+    "none": (),
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_context"),
+    "longrope": (
+        "rope_factor", "rope_original_context", "rope_short_factors", "rope_long_factors", "rope_attention_factor",
+    ),
+}  # fmt: skip
+_SCALED = {name for names in _SCALING.values() for name in names}
 _MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")
 """Fields of ModelConfig that say how to train and compute, which no other tool's file holds."""
+
+
+def _unused(config: ModelConfig) -> set[str]:
+    """The fields of rotary positions and experts that mean nothing in this model."""
+    used = {"rope_theta", "rope_fraction", "rope_scaling", *_SCALING[config.rope_scaling]}
+    used = used if config.positions == "rotary" else set()
+    experts = set() if config.n_experts else {"experts_per_token", "normalize_experts"}
+    return experts | {f.name for f in dataclasses.fields(config) if f.name.startswith("rope_")} - used
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
     """The configuration with every default that depends on another field written out, and one value for one meaning."""
     windows = config.layer_windows if any(config.layer_windows) else ()
-    rotates = () if all(config.layers_rotate) else config.layers_rotate
     biased = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
     default = ModelConfig()
-    unused = {"none": ["factor", "low_frequency", "high_frequency"], "linear": ["low_frequency", "high_frequency"]}
-    fields = [f"rope_{name}" for name in unused.get(config.rope_scaling, [])]
-    fields += ["rope_original_context"] if config.rope_scaling in ("none", "linear") else []
     return dataclasses.replace(
         config, n_kv_heads=config.kv_heads, head_dim=config.key_dim, d_ff=config.ff_dim, windows=windows,
-        rotary_layers=rotates, attention_output_bias=biased, query_scalar=config.query_scalar or float(config.key_dim),
+        rotary_layers=() if all(config.layers_rotate) else config.layers_rotate, attention_output_bias=biased,
+        query_scalar=config.query_scalar or float(config.key_dim),
         local_rope_theta=config.local_rope_theta if windows else None,
         norm_bias=config.norm_bias and config.norm == "layernorm",
-        experts_per_token=config.experts_per_token if config.n_experts else default.experts_per_token,
-        **{name: getattr(default, name) for name in fields}, **{name: getattr(default, name) for name in _MEMORY},
+        **{name: getattr(default, name) for name in (*_unused(config), *_MEMORY)},
     )  # fmt: skip
 
 
 # Reading
 
 
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Raise BadFileError for whatever comes of values that are illegal or of another kind than they should be."""
+    try:
+        yield
+    except ConfigError as error:
+        raise BadFileError(f"{where}: {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise BadFileError(f"{where}: a setting is missing or of the wrong kind ({error}); restore the file") from None
+
+
 def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
     """The family and the configuration of a parsed config.json.
 
     Raises BadFileError for an unknown family, a missing key, a value of a wrong kind or one that is not implemented."""
-    if hf.get("architectures"):
-        known = [family.architecture for family in FAMILIES]
-        if hf["architectures"] not in [[name] for name in known]:
-            raise BadFileError(f"{where}: architectures {hf['architectures']} is not one of {', '.join(known)}")
     if hf.get("quantization_config"):
         raise BadFileError(f"{where}: quantization_config is not implemented; take the unquantised model, or its GGUF")
     family = family_of(hf.get("model_type"), where)
     for key, legal in family.requires.items():
-        if hf.get(key) is not None and hf[key] not in legal:
+        if hf.get(key) not in [None, [], *legal]:
             raise BadFileError(f"{where}: {key} is {hf[key]!r}, and only {legal[0]!r} is implemented for this family")
-    hf = {"hidden_act": "silu"} | family.defaults | hf
-    try:
-        fields = {name: _read_key(hf, name, key, where) for name, key in family.keys.items() if key}
-        fields |= family.fixed | _read_rope(hf, where) | _read_windows(hf, family, fields["n_layers"])
-        return family, canonical(ModelConfig(**fields))
-    except ConfigError as error:
-        raise BadFileError(f"{where}: {error}") from None
-    except (TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError, LookupError) as error:
-        raise BadFileError(f"{where}: a setting is of the wrong kind ({error}); restore the file") from None
+    with _reading(where):
+        hf = family.defaults | _flat(hf)
+        if hf["rope_type"] in ("longrope", "su"):
+            hf = _usual_longrope(hf) | hf
+        config = _model_config(hf, family, where)
+        if config.vocab_size is None:
+            raise ValueError("there is no vocab_size")
+        layers: Json = {"windows": _read_windows(hf, family, config)}
+        if "rotary_layers" in family.keys:
+            interval = hf.get("no_rope_layer_interval") or 4
+            given = hf.get("no_rope_layers") or [(i + 1) % interval for i in range(config.n_layers)]
+            layers["rotary_layers"] = tuple(bool(given[i]) for i in range(config.n_layers))
+        return family, canonical(dataclasses.replace(config, **layers))
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
-
-
-def _read_key(hf: Json, name: str, keys: str, where: str) -> Any:
-    value = next((hf[key] for key in keys.split("|") if key in hf), ...)
-    if name == "rotary_layers":
-        interval, layers = hf.get("no_rope_layer_interval") or 4, hf["num_hidden_layers"]
-        given = [(i + 1) % interval != 0 for i in range(layers)] if value in (..., None) else value
-        return tuple(bool(rotates) for rotates in given[:layers])
-    declared = str(next(f.type for f in dataclasses.fields(ModelConfig) if f.name == name))
-    if value is ... and "None" in declared:
-        return None
-    if value is ...:
-        raise BadFileError(f"{where}: there is no {keys.split('|')[0]}; restore the file")
-    if name == "activation":
-        if value not in _ACTIVATIONS:
-            raise BadFileError(f"{where}: {keys} {value!r} is not one of {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[value]
-    kinds = next(kinds for kind, kinds in _KINDS.items() if kind in declared)
-    optional = value is None and "None" in declared
-    if not optional and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-        raise BadFileError(f"{where}: {keys.split('|')[0]} is {value!r}: it must be of type {declared}")
-    if isinstance(value, int) and abs(value) > 2**31:
-        raise BadFileError(f"{where}: {keys.split('|')[0]} is {value}: it must be below 2^31")
-    return value
-
-
-def _read_rope(hf: Json, where: str) -> Json:
-    """The fields of rotary positions, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    if "n_positions" in hf:
-        return {}
+def _flat(hf: Json) -> Json:
+    """With the settings of rotary positions beside all others: `rope_parameters` is newer than `rope_scaling`."""
     rope: Json = hf.get("rope_parameters") or {}
-    local = None
+    local: Json = {}
     if "full_attention" in rope:
-        local, rope = rope["sliding_attention"], rope["full_attention"]
+        local, rope = rope["sliding_attention"] or {}, rope["full_attention"]
         if local.get("rope_type", "default") != "default":
-            raise BadFileError(f"{where}: rope_parameters of sliding_attention: only rope_type default is implemented")
-    elif "rope_local_base_freq" in hf:
-        local = {"rope_theta": hf["rope_local_base_freq"]}
-    rope = {"rope_theta": hf.get("rope_theta", 10_000.0), **(hf.get("rope_scaling") or {}), **rope}
-    fields = {
-        "rope_theta": float(rope["rope_theta"]),
-        "rope_fraction": rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)),
-        "local_rope_theta": None if local is None else float(local["rope_theta"]),
-    }
-    match rope.get("rope_type", rope.get("type", "default")):
-        case "default" | None:
-            return fields
-        case "linear":
-            return fields | {"rope_scaling": "linear", "rope_factor": float(rope["factor"])}
-        case "llama3":
-            return fields | {
-                "rope_scaling": "llama3",
-                "rope_factor": float(rope["factor"]),
-                "rope_low_frequency": float(rope["low_freq_factor"]),
-                "rope_high_frequency": float(rope["high_freq_factor"]),
-                "rope_original_context": rope["original_max_position_embeddings"],
-            }
-        case "longrope" | "su":
-            return fields | _read_longrope(rope, hf)
-        case other:
-            raise BadFileError(f"{where}: rope_type {other!r} is not one of default, linear, llama3, longrope")
+            raise ValueError(f"rope_type {local['rope_type']!r} of sliding_attention is not implemented")
+    rope = {key: value for key, value in ((hf.get("rope_scaling") or {}) | rope).items() if value is not None}
+    if "type" in rope:
+        rope = {"rope_type": rope["type"]} | rope
+    if hf.get("original_max_position_embeddings"):  # which Phi-3 has there, and which counts
+        rope.pop("original_max_position_embeddings", None)
+    return hf | rope | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
 
 
-def _read_longrope(rope: Json, hf: Json) -> Json:
-    original = hf.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or hf["max_position_embeddings"] / original
+def _usual_longrope(hf: Json) -> Json:
+    """What transformers takes where a longrope model does not say it."""
+    original = hf["original_max_position_embeddings"]
+    factor = hf.get("factor", hf["max_position_embeddings"] / original)
     usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return {
-        "rope_scaling": "longrope",
-        "rope_factor": float(factor),
-        "rope_original_context": original,
-        "rope_short_factors": tuple(map(float, rope["short_factor"])),
-        "rope_long_factors": tuple(map(float, rope["long_factor"])),
-        "rope_attention_factor": float(rope.get("attention_factor") or usual),
-    }
+    return {"factor": factor, "attention_factor": usual}
 
 
-def _read_windows(hf: Json, family: Family, layers: int) -> Json:
-    window = hf.get("sliding_window")
-    if not window or family.window_period == 1 or hf.get("use_sliding_window") is False:
-        return {"windows": ()}
-    types, period = hf.get("layer_types"), hf.get("sliding_window_pattern") or family.window_period
-    if types is None:
+def _model_config(hf: Json, family: Family, where: str) -> ModelConfig:
+    """All but what differs between layers."""
+    keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
+    found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
+    fields = family.fixed | {name: hf[key] for name, key in found.items() if key in hf}
+    for name in _WORDS.keys() & fields.keys():
+        fields[name] = _WORDS[name].get(fields[name], fields[name])
+    unused = _SCALED - {*_SCALING.get(fields.get("rope_scaling", "none"), ())}
+    for f in dataclasses.fields(ModelConfig):
+        if f.default is not None and f.name in found.keys() - fields.keys() - unused:
+            raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
+    try:
+        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = found[str(first["loc"][0])]
+        raise BadFileError(f"{where}: {key} is {first['input']!r:.80}: {first['msg']}; restore the file") from None
+
+
+def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, ...]:
+    window, period = hf.get("sliding_window"), hf.get("sliding_window_pattern") or family.window_period
+    if not family.key("windows") or not window or hf.get("use_sliding_window") is False:
+        return ()
+    if hf.get("layer_types") is None or period == -1:
+        if period == 1:
+            raise ValueError("there is no layer_types")
         first = hf.get("max_window_layers", 0)
-        slides = [i >= first and (period == 0 or (i + 1) % period != 0) for i in range(layers)]
-    else:
-        slides = [types[i] == "sliding_attention" for i in range(layers)]
-    return {"windows": tuple(window if slide else 0 for slide in slides)}
+        slides = [i >= first and (period < 1 or (i + 1) % period != 0) for i in range(config.n_layers)]
+        return tuple(window if slide else 0 for slide in slides)
+    kinds = {"full_attention": 0, "sliding_attention": window}
+    return tuple(kinds[hf["layer_types"][i]] for i in range(config.n_layers))
 
 
 # Writing
@@ -176,12 +176,11 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
         try:
             hf = _as_family(config, family)
             _, again = read_config(hf, "config.json")
-        except (BadFileError, LookupError, TypeError):
+        except BadFileError:
             continue
-        if again == config:
+        if not (names := _differences(again, config)):
             return family, hf
-        fields = [f.name for f in dataclasses.fields(config)]
-        differs[family.model_type] = [name for name in fields if getattr(again, name) != getattr(config, name)]
+        differs[family.model_type] = names
     nearest_family = min(differs, key=lambda name: len(differs[name]))
     raise ConfigError(
         f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: the nearest, {nearest_family}, "
@@ -189,158 +188,120 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
     )
 
 
-def _as_family(config: ModelConfig, family: Family) -> Json:
-    spelling = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    values: Json = dataclasses.asdict(config)
-    values["activation"] = spelling[config.activation]
+def _close(a: Any, b: Any) -> bool:
+    """Equal, or as near as frequencies that were computed in float32."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_close, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5))
+
+
+def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
+    return [f.name for f in dataclasses.fields(a) if not _close(getattr(a, f.name), getattr(b, f.name))]
+
+
+def _values(config: ModelConfig) -> Json:
+    """The fields as files have them, without those that mean nothing."""
+    values = dataclasses.asdict(config) | {"windows": max(config.layer_windows) or None}
     values["rotary_layers"] = [int(rotates) for rotates in config.layers_rotate]
-    if "hidden_activation" in family.defaults:  # Gemma's spelling of gelu_new
-        values["activation"] = "gelu_pytorch_tanh"
-    hf: Json = {"architectures": [family.architecture], "model_type": family.model_type}
-    hf |= {key: legal[0] for key, legal in family.requires.items()}
-    hf |= {key.split("|")[0]: values[name] for name, key in family.keys.items() if key}
-    if config.positions == "rotary":
-        hf |= _write_rope(config)
-    if family.window_period != 1:
-        types = ["sliding_attention" if window else "full_attention" for window in config.layer_windows]
-        hf |= {"sliding_window": max(config.layer_windows) or None, "layer_types": types}
-        hf |= {"use_sliding_window": any(config.layer_windows), "max_window_layers": 0}
-    return hf
+    if values["query_scalar"] % 1 == 0:
+        values["query_scalar"] = int(values["query_scalar"])  # transformers takes no float
+    return {name: value for name, value in values.items() if name not in _unused(config)}
 
 
-def _write_rope(config: ModelConfig) -> Json:
+def _as_family(config: ModelConfig, family: Family) -> Json:
+    values = _values(config)
+    for name in _WORDS.keys() & values.keys():
+        words = _WORDS[name]
+        usual = family.defaults.get(family.key(name), "")
+        values[name] = next(word for word in (usual, *words) if words.get(word) == values[name])
+    written = {name: family.key(name) for name, key in family.keys.items() if key and name in values}
+    hf: Json = {"model_type": family.model_type} | {key: legal[0] for key, legal in family.requires.items()}
+    hf |= {key: values[name] for name, key in written.items() if not name.startswith("rope_")}
+    if rope := {key: values[name] for name, key in written.items() if name.startswith("rope_")}:
+        hf |= _write_rope(rope, hf.pop("rope_local_base_freq", None))
+    windows = config.layer_windows
+    if family.window_period > 0 or len(set(windows)) > 1:
+        hf["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+    first = next((i for i, window in enumerate(windows) if window), len(windows))
+    slides = {"use_sliding_window": any(windows), "max_window_layers": first}
+    return hf | {key: value for key, value in slides.items() if key in family.defaults}
+
+
+def _write_rope(rope: Json, local_theta: float | None) -> Json:
     """Both the newer `rope_parameters` and the older keys, which other tools still read."""
-    scaling: Json = {"rope_type": config.rope_scaling if config.rope_scaling != "none" else "default"}
-    if config.rope_scaling in ("linear", "llama3", "longrope"):
-        scaling["factor"] = config.rope_factor
-    if config.rope_scaling == "llama3":
-        scaling |= {"low_freq_factor": config.rope_low_frequency, "high_freq_factor": config.rope_high_frequency}
-    if config.rope_scaling == "longrope":
-        scaling |= {"short_factor": config.rope_short_factors, "long_factor": config.rope_long_factors}
-        scaling["attention_factor"] = config.rope_attention_factor
-    old: Json = {"rope_theta": config.rope_theta}
-    if config.rope_scaling in ("llama3", "longrope"):
-        scaling["original_max_position_embeddings"] = config.rope_original_context
-        old["original_max_position_embeddings"] = config.rope_original_context
-    rope = scaling | {"rope_theta": config.rope_theta}
-    if config.rope_fraction != 1:
-        rope["partial_rotary_factor"] = old["partial_rotary_factor"] = config.rope_fraction
-    if config.local_rope_theta is not None:
-        old["rope_local_base_freq"] = config.local_rope_theta
-        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
-        rope = {"full_attention": rope, "sliding_attention": local}
-    return old | {"rope_scaling": scaling if config.rope_scaling != "none" else None, "rope_parameters": rope}
+    beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    hf = {key: rope[key] for key in beside if key in rope} | {"rope_parameters": rope}
+    scaling = {key: value for key, value in rope.items() if key not in beside[:2]}
+    hf["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    if local_theta is not None:
+        local = {"rope_type": "default", "rope_theta": local_theta}
+        hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        hf["rope_local_base_freq"] = local_theta
+    return hf
 
 
 # GGUF
 
 
-def read_gguf_config(metadata: Json, tensors: dict[str, StoredTensor], where: str) -> tuple[Family, ModelConfig]:
+def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where: str) -> tuple[Family, ModelConfig]:
     """The family and the configuration of a GGUF file; raises what `read_config` raises."""
     architecture = metadata.get("general.architecture")
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    wanted = {"llama": "mixtral" if own.get("expert_count") else "llama"}.get(str(architecture), architecture)
-    families = [family for family in FAMILIES if wanted in (family.gguf, family.model_type)]
+    experts = bool(own.get("expert_count"))
+    families = [each for each in FAMILIES if each.gguf == architecture and ("n_experts" in each.keys) == experts]
     if not families:
         known = ", ".join(sorted({family.gguf for family in FAMILIES}))
         raise BadFileError(f"{where}: general.architecture {architecture!r} is not implemented; there are {known}")
     if "token_embd.weight" not in tensors:
         raise BadFileError(f"{where}: there is no tensor token_embd.weight; restore the file")
-    family = families[0] if wanted != "mixtral" else next(f for f in families if f.model_type == "mixtral")
-    names = family.keys
+    family = families[0]
     hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
-    hf["tie_word_embeddings"] = "output.weight" not in tensors
-    if family.model_type == "llama":
-        hf |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-    for name, keys in family.gguf_keys.items():
-        value = next((own[key] for key in keys.split("|") if key in own), None)
-        if value is not None and names.get(name):
-            hf[names[name].split("|")[0]] = value
-    hf |= _read_gguf_rope(own, tensors, hf, where)
-    if own.get("attention.sliding_window"):
-        hf |= {"sliding_window": own["attention.sliding_window"], "use_sliding_window": True, "max_window_layers": 0}
-    if "query_scalar" in names:  # not in the file: the head's width but for the two models of 27 B
-        large = hf.get("num_hidden_layers") in (46, 62)
-        hf["query_pre_attn_scalar"] = hf["hidden_size"] / hf["num_attention_heads"] if large else hf.get("head_dim")
-    if "norm_topk_prob" in names.values():
-        hf["norm_topk_prob"] = True  # as every reader of the format assumes
-    return read_config(hf, where)
+    hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
+    hf |= {family.key(name): tensor in tensors for name, tensor in family.gguf_tensors.items()}
+    hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
+    with _reading(where):
+        width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
+        hf["partial_rotary_factor"] = own.get("rope.dimension_count", width) / width
+        if factors := tensors.get("rope_freqs.weight"):
+            llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+            hf = llama3 | hf | {"rope_type": "llama3", "factor": float(factors.read().max())}
+        _, config = read_config(hf, where)
+        if factors and not _close(_slowing(config).tolist(), factors.read().tolist()):
+            raise ValueError("rope_freqs.weight is no scaling of Llama 3 that is known")
+    if config.n_layers in family.gguf_wide_scalar:
+        config = dataclasses.replace(config, query_scalar=config.d_model / config.n_heads)
+    return family, config
 
 
-def _read_gguf_rope(own: Json, tensors: dict[str, StoredTensor], hf: Json, where: str) -> Json:
-    """The keys of config.json that say how positions are rotated."""
-    rope: Json = {"rope_theta": own.get("rope.freq_base", 10_000.0)}
-    if "rope.freq_base_swa" in own:
-        rope["rope_local_base_freq"] = own["rope.freq_base_swa"]
-    head_dim = hf.get("head_dim") or hf.get("hidden_size", 0) // max(hf.get("num_attention_heads", 1), 1)
-    rope["partial_rotary_factor"] = own.get("rope.dimension_count", head_dim) / max(head_dim, 1)
-    if "rope_freqs.weight" in tensors:
-        original = own.get("rope.scaling.original_context_length", 8192)
-        return rope | {"rope_scaling": _llama3_scaling(tensors["rope_freqs.weight"].read(), rope, original, where)}
-    if (kind := own.get("rope.scaling.type", "none")) != "none":
-        rope["rope_scaling"] = {"rope_type": kind, "factor": own.get("rope.scaling.factor", 1.0)}
-    return rope
+def _slowing(config: ModelConfig) -> np.ndarray:
+    """What Llama 3's scaling divides each frequency by: `rope_freqs` of GGUF, float32 [rotary_dim / 2]."""
+    plain, scaled = (frequencies(config, config.rope_theta, scaling, 0) for scaling in ("none", "llama3"))
+    return plain / scaled
 
 
-def _llama3_scaling(factors: np.ndarray, rope: Json, original: int, where: str) -> Json:
-    """The parameters whose frequencies a file's `rope_freqs` divides by: Llama 3.1 has a factor of 8, 3.2 of 32."""
-    for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
-        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        scaling["original_max_position_embeddings"] = original
-        if np.allclose(llama3_factors(2 * factors.size, rope["rope_theta"], scaling), factors, rtol=1e-5):
-            return scaling
-    raise BadFileError(f"{where}: rope_freqs.weight is no scaling of Llama 3 that is known; take the safetensors")
+def write_gguf_config(
+    config: ModelConfig, family: Family, tensors: Mapping[str, StoredTensor]
+) -> tuple[Json, dict[str, StoredTensor]]:
+    """The metadata, and `tensors` with those that only describe positions.
 
-
-def llama3_factors(width: int, theta: float, scaling: Json) -> np.ndarray:
-    """What Llama 3's scaling divides each frequency by: `rope_freqs` of GGUF, float32 [width / 2]."""
-    config = ModelConfig(
-        d_model=width, n_heads=1, positions="rotary", rope_factor=scaling["factor"],
-        rope_low_frequency=scaling["low_freq_factor"], rope_high_frequency=scaling["high_freq_factor"],
-        rope_original_context=scaling["original_max_position_embeddings"],
-    )  # fmt: skip
-    return frequencies(config, theta, "none", 0) / frequencies(config, theta, "llama3", 0)
-
-
-def write_gguf_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json, dict[str, np.ndarray]]:
-    """Family, metadata, and the tensors that only describe positions. Raises ConfigError when GGUF cannot hold it."""
-    config = canonical(config)
-    family, hf = write_config(config, preferred)
-    values = dataclasses.asdict(config)
-    own: Json = {}
-    for name, keys in family.gguf_keys.items():
-        if values[name] and (config.n_experts or "expert" not in name):
-            own[keys.split("|")[0]] = values[name]
-    own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
-    extra: dict[str, np.ndarray] = {}
-    if config.positions == "rotary":
-        own |= {"rope.freq_base": config.rope_theta, "rope.dimension_count": config.rotary_dim}
-    if any(config.layer_windows):
-        own["attention.sliding_window"] = max(config.layer_windows)
-    if config.rope_scaling == "linear":
-        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_factor}
+    Raises ConfigError, naming what is lost, when GGUF cannot hold the model."""
+    config, tensors = canonical(config), dict(tensors)
+    values = _values(config)
     if config.rope_scaling == "llama3":
-        own["rope.scaling.original_context_length"] = config.rope_original_context
-        extra["rope_freqs.weight"] = llama3_factors(config.rotary_dim, config.rope_theta, hf["rope_scaling"])
+        factors = _slowing(config)
+        tensors = {"rope_freqs.weight": StoredTensor(factors.shape, "F32", factors.copy)} | tensors
+    if config.rope_scaling != "linear":  # what else there is has no name, and llama.cpp would take the factor for that
+        values |= {"rope_scaling": None, "rope_factor": None}
+    own = {key: values[name] for name, key in family.gguf_keys.items() if key and values.get(name)}
+    own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
+    if config.positions == "rotary":
+        own["rope.dimension_count"] = config.rotary_dim
     metadata = {"general.architecture": family.gguf} | {f"{family.gguf}.{key}": value for key, value in own.items()}
-    _refuse_what_gguf_changes(config, family, metadata, extra)
-    return family, metadata, extra
-
-
-def _refuse_what_gguf_changes(config: ModelConfig, family: Family, metadata: Json, extra: dict) -> None:
-    there = {"token_embd": True, "output": not config.tie_embeddings}
-    names = [f"{name}.weight" for name in there if there[name]]
-    names += ["blk.0.attn_q.bias"] * config.attention_bias + ["blk.0.ffn_up.bias"] * config.mlp_bias
-    arrays = extra | dict.fromkeys(names, np.empty((config.vocab_size or 0, 0)))
-    tensors = {name: StoredTensor(array.shape, "F32", array.copy) for name, array in arrays.items()}
-    _, again = read_gguf_config(metadata, tensors, "GGUF")
-    names = [f.name for f in dataclasses.fields(config)]
-    lost = [name for name in names if not _close(getattr(again, name), getattr(config, name))]
+    try:
+        lost = _differences(read_gguf_config(metadata, tensors, "GGUF")[1], config)
+    except BadFileError as error:
+        raise ConfigError(f"GGUF cannot hold this {family.model_type} model ({error}); use --to hf") from None
     if lost:
         raise ConfigError(f"GGUF cannot hold {', '.join(lost)} of this {family.model_type} model; use --to hf")
-
-
-def _close(a: Any, b: Any) -> bool:
-    """Equal, or as near as the float32 of GGUF."""
-    return a == b or (isinstance(a, float | tuple) and bool(a) and bool(np.allclose(a, b, rtol=1e-6, atol=0)))
+    return metadata, tensors

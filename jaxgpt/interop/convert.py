@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +79,7 @@ def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     hf |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     directory.mkdir()
     tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=False))
-    write_safetensors(directory, ((name, shape, _KIND[dtype], read) for name, shape, read in tensors))
+    write_safetensors(directory, ((name, each.shape, _KIND[dtype], each.read) for name, each in tensors.items()))
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
     for name, content in (("config.json", hf), ("generation_config.json", generation)):
         write_atomically(directory / name, json.dumps(content, indent=2).encode() + b"\n")
@@ -88,25 +87,17 @@ def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
 
 
 def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
-    family, metadata, positions = write_gguf_config(trained.config, trained.family)
+    family, _ = write_config(trained.config, trained.family)
+    tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=True))
+    metadata, tensors = write_gguf_config(trained.config, family, tensors)
     metadata |= gguf_metadata(trained.tokenizer, trained.config.vocab_size or 0)
-    kept: list[str] = []
-
-    def tensors() -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
-        for name, array in positions.items():
-            yield name, array.shape, "F32", array.copy
-        for name, shape, read in stored_tensors(trained.model, Layout(family, trained.config, gguf=True)):
-            kind = _KIND[dtype] if len(shape) > 1 else "F32"  # as every reader of the format expects norms
-            if kind == "Q8_0" and shape[-1] % _Q8_BLOCK:
-                kept.append(name)
-                kind = "BF16"
-            yield name, shape, kind, read
-
-    write_gguf(path, metadata, tensors())
+    kinds = {name: _KIND[dtype] if len(each.shape) > 1 else "F32" for name, each in tensors.items()}  # norms: always
+    kept = [name for name in tensors if kinds[name] == "Q8_0" and tensors[name].shape[-1] % _Q8_BLOCK]
+    kinds |= dict.fromkeys(kept, "BF16")
+    write_gguf(path, metadata, ((name, each.shape, kinds[name], each.read) for name, each in tensors.items()))
     if kept:
-        print(
-            f"jaxgpt: {len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no 32", file=sys.stderr
-        )
+        what = f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}"
+        print(f"jaxgpt: {what}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)

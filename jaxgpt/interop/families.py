@@ -34,6 +34,7 @@ class Family:
 
     model_type: str
     architecture: str
+    """The class of transformers."""
     gguf: str
     """`general.architecture` of its GGUF files."""
     rows: tuple[Row, ...]
@@ -43,12 +44,13 @@ class Family:
     """Field of ModelConfig -> key of config.json; A|B reads either and writes A."""
     gguf_keys: dict[str, str]
     """Field of ModelConfig -> key of GGUF, after the architecture."""
-    requires: dict[str, list] = field(default_factory=dict)
+    requires: dict[str, list]
     """Legal values of keys of config.json: nothing else is implemented. The first is written."""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """Values of keys that an older config.json leaves out."""
-    window_period: int = 1
-    """Where config.json has no `layer_types`: every so manyth layer has no window. 0: all have one, 1: none has."""
+    defaults: dict[str, Any]
+    """Values of keys that a config.json leaves out."""
+    window_period: int = 0
+    """Where config.json has no `layer_types`, every so manyth layer has no window; 0: all have one, 1: there must be
+    `layer_types`, -1: all have one, and there is none."""
     prefix: str = ""
     """Tensors may be stored without this prefix."""
     buffers: str = r".*\.rotary_emb\.inv_freq"
@@ -57,6 +59,16 @@ class Family:
     """Safetensors hold matrices [in, out]."""
     interleaved: bool = False
     """In GGUF, the rows of each head of q and k are in the order of pairs (0, K/2, 1, K/2 + 1 ...)."""
+    gguf_tensors: dict[str, str] = field(default_factory=dict)
+    """Field of ModelConfig -> tensor that is in a GGUF file where the field is true."""
+    gguf_assumes: dict[str, Any] = field(default_factory=dict)
+    """Values of keys of config.json that GGUF does not hold, since its readers know no other."""
+    gguf_wide_scalar: tuple[int, ...] = ()
+    """Layers of the models whose query scalar is d_model / n_heads: GGUF holds none, and others have head_dim."""
+
+    def key(self, name: str) -> str:
+        """The key of config.json that is written for a field of ModelConfig; empty where there is none."""
+        return self.keys.get(name, "").split("|")[0]
 
 
 def _families() -> tuple[Family, ...]:
@@ -71,8 +83,9 @@ def _families() -> tuple[Family, ...]:
         table["family"][name] = dict(entry)
         rows = [row for group in entry.pop("rows") for row in groups[group]]
         rows += [row.bias for row in rows if row.name.endswith(("kernel", "scale"))]
-        keys = {key: table[key] | entry.pop(key, {}) for key in ("keys", "gguf_keys")}
-        found.append(Family(name, rows=tuple(rows), **keys, **entry))
+        shared = {key: table[key] | entry.pop(key, {}) for key in ("keys", "gguf_keys", "defaults")}
+        requires = {"architectures": [[entry["architecture"]]]} | entry.pop("requires", {})
+        found.append(Family(name, rows=tuple(rows), requires=requires, **shared, **entry))
     return tuple(found)
 
 

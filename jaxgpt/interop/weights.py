@@ -70,11 +70,11 @@ class Layout:
             shape[axis] = sum(self.shape(row)[axis] for row in rows)
         return tuple(shape)
 
-    def each_name(self, template: str) -> list[str]:
-        """The names of all layers and experts."""
+    def each(self, template: str) -> Iterator[tuple[str, int | None, int | None]]:
+        """The name, layer and expert of each tensor."""
         layers = range(self.config.n_layers) if "{}" in template else [None]
         experts = range(self.config.n_experts) if "{e}" in template else [None]
-        return [template.format(layer, e=expert) for layer in layers for expert in experts]
+        return ((template.format(layer, e=expert), layer, expert) for layer in layers for expert in experts)
 
     def read(self, tensors: Mapping[str, StoredTensor], row: Row, rows: list[Row], layer: int | None) -> np.ndarray:
         """The parameter of one layer, in our axes; a view of what was read where that is possible."""
@@ -129,7 +129,7 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
     left = dict(tensors)
     for template, rows in layout.tensors(_names(layout.config)).items():
         wanted = layout.whole_shape(rows)
-        for name in layout.each_name(template):
+        for name, _, _ in layout.each(template):
             found = left.pop(name, None)
             if found is None:
                 raise BadFileError(f"{where}: there is no tensor {name}; restore the file, or mend its configuration")
@@ -176,21 +176,19 @@ def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTens
     return jax.tree_util.tree_map_with_path(fill, place_shapes(abstract))
 
 
-def stored_tensors(model: Transformer, layout: Layout) -> Iterator[tuple[str, tuple[int, ...], Callable]]:
-    """(name, shape, a function that gives the array) of every tensor of the file that `layout` describes."""
+def stored_tensors(model: Transformer, layout: Layout) -> dict[str, StoredTensor]:
+    """Every tensor of the file that `layout` describes, in float32, taken from the devices when it is read."""
     leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
     stacked = not isinstance(model.layers, tuple)
 
-    def parameter(layer: int | None) -> Callable[[str], np.ndarray]:
-        def read(name: str) -> np.ndarray:
-            if layer is None:
-                return np.asarray(leaves[name])
-            return np.asarray(leaves[f"layers.{name}"][layer] if stacked else leaves[f"layers.{layer}.{name}"])
+    def parameter(layer: int | None, name: str) -> np.ndarray:
+        if layer is None:
+            return np.asarray(leaves[name])
+        return np.asarray(leaves[f"layers.{name}"][layer] if stacked else leaves[f"layers.{layer}.{name}"])
 
-        return read
-
+    found = {}
     for template, rows in layout.tensors(_names(layout.config)).items():
-        for layer in range(layout.config.n_layers) if "{}" in template else [None]:
-            for expert in range(layout.config.n_experts) if "{e}" in template else [None]:
-                write = functools.partial(layout.write, parameter(layer), rows, expert)
-                yield template.format(layer, e=expert), layout.whole_shape(rows), write
+        for name, layer, expert in layout.each(template):
+            read = functools.partial(layout.write, functools.partial(parameter, layer), rows, expert)
+            found[name] = StoredTensor(layout.whole_shape(rows), "F32", read)
+    return found

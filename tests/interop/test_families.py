@@ -1,6 +1,5 @@
 """Each family against transformers: small random models, in and out again."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.interop.configs import read_config, write_config, write_gguf_config
+from jaxgpt.interop.configs import read_config, write_config
 from jaxgpt.interop.families import FAMILIES, family_of
 from jaxgpt.interop.load import load_weights
 from jaxgpt.interop.safetensors_dir import write_safetensors
@@ -137,7 +136,7 @@ def test_exports_what_transformers_reads_back(case: tuple, mesh_of: Callable, tm
         _, hf = write_config(ours.config, family)
         (tmp_path / "config.json").write_text(json.dumps(hf | IDS | {"dtype": "float32"}))
         layout = Layout(family_of(family, name), ours.config, gguf=False)
-        write_safetensors(tmp_path, ((n, shape, "F32", read) for n, shape, read in stored_tensors(ours, layout)))
+        write_safetensors(tmp_path, ((n, t.shape, "F32", t.read) for n, t in stored_tensors(ours, layout).items()))
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     for tensor in before:
@@ -163,18 +162,3 @@ def test_older_keys_mean_the_same(case: tuple) -> None:
 
 def test_every_family_is_compared() -> None:
     assert {model_type for model_type, _ in CASES.values()} == {family.model_type for family in FAMILIES}
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if "windows" not in name and "smollm3" not in name])
-def test_gguf_holds_the_configuration(name: str) -> None:
-    from transformers import AutoConfig
-
-    model_type, options = CASES[name]
-    sizes = {} if model_type == "gpt2" else SIZES
-    hf = AutoConfig.for_model(model_type, **{**IDS, **sizes, **options}).to_dict()
-    _, config = read_config(hf, name)
-    config = dataclasses.replace(config)
-    try:
-        write_gguf_config(config)
-    except Exception as error:  # says what is lost
-        assert name in ("gemma 2", "gemma 3", "gemma 3, scaled", "mistral", "phi3", "phi3, long", "qwen3_moe"), error
