@@ -71,6 +71,7 @@ class Trainer:
             "tokenizer_sha256": self.tokenizer.sha256,
             "data": [corpus.fingerprint for corpus in self.corpora],
         }
+        self.tokens = size * length  # in one step
         self.eval_step = make_eval_step(self.config)
         self.stopping = False
         self.seconds: list[float] = []
@@ -128,18 +129,13 @@ class Trainer:
 
     def announce(self, state: TrainState, start: int) -> None:
         """What is about to run, in two lines."""
-        mesh, training, model = jax.sharding.get_mesh(), self.config.training, self.config.model
-        tokens = training.batch_size * model.context_length
-        axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        epochs = training.steps / self.loader.steps_per_epoch
-        self.display.say(
-            f"{self.config.name}: {parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, on "
-            f"{mesh.devices.flat[0].device_kind} ({axes})"
-        )
-        self.display.say(
-            f"{training.steps} steps of {tokens:,} tokens ({epochs:.2f} epochs) into {self.config.run_path}"
-            + (f", going on after step {start}" if start else "")
-        )
+        mesh, steps, model = jax.sharding.get_mesh(), self.config.training.steps, self.config.model
+        what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}"
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        self.display.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
+        epochs = f"{steps / self.loader.steps_per_epoch:.2f} epochs"
+        resumed = f", going on after step {start}" if start else ""
+        self.display.say(f"{steps} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
         if not len(self.windows):
             self.display.say("nothing is held out: there will be no evaluation")
 
@@ -210,10 +206,9 @@ class Trainer:
                 f"for documents {', '.join(names[:5]) or 'without names'}{more}; the newest saved step is "
                 f"{self.checkpoints.saved_step}: look at these documents, or lower optimizer.peak_lr"
             )
-        tokens = self.config.training.batch_size * self.config.model.context_length
-        speed = tokens / seconds_per_step
+        speed = self.tokens / seconds_per_step
         loss = float(values["loss"])
-        record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * tokens}
+        record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * self.tokens}
         record |= {name: float(x) for name, x in values.items() if name not in ("loss", "tokens", "finite")}
         if peak := peak_flops(jax.sharding.get_mesh()):
             record["mfu"] = speed * 3 * forward_flops_per_token(self.config.model) / peak
