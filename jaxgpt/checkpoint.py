@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.config import CheckpointConfig
-from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError
+from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError, note
 from jaxgpt.files import sync
 from jaxgpt.sharding import place_shapes
 
@@ -161,7 +161,7 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
     Raises BadFileError for damage, ConfigError for another format or a leaf that is not as in the target."""
     manifest = _read_manifest(path)
-    wanted = {item: {name: place_shapes(x) for name, x in _flatten(tree).items()} for item, tree in targets.items()}
+    wanted = {item: _flatten(place_shapes(tree)) for item, tree in targets.items()}
     for item, leaves in wanted.items():
         _refuse_other_leaves(path, manifest["leaves"][item], leaves)
     restored = _read_arrays(path, wanted)
@@ -194,8 +194,7 @@ def _newest_good(
             if set_aside:
                 where = next(name for n in count() if not (name := directory / f"{damaged}.corrupt{n or ''}").exists())
                 os.rename(directory / str(damaged), where)
-            note = f"checkpoint step {damaged} is damaged: {reason}; it is in {where}, using step {steps[-1]}"
-            print(f"jaxgpt: {note}", file=sys.stderr, flush=True)
+            note(f"checkpoint step {damaged} is damaged: {reason}; it is in {where}, using step {steps[-1]}")
         return steps[-1], trees, metadata
     if not bad:
         return None
@@ -353,9 +352,9 @@ class Checkpoints(contextlib.ExitStack):
     def _report(self, step: int, error: BaseException) -> None:
         if self._primary:
             self._clean()
-        message = f"cannot save step {step} in {self._directory}: {_one_line(error)}; make room or mend the disk"
-        message += f" (the newest saved step is {self.saved_step})"
+        failed = f"cannot save step {step} in {self._directory}: {_one_line(error)}"
+        message = f"{failed}; make room or mend the disk (the newest saved step is {self.saved_step})"
         if self._config.on_save_error == "stop":
             raise StorageError(message) from error
         with contextlib.suppress(OSError):  # the log may be on the same full disk
-            print(f"jaxgpt: {message}; training goes on", file=sys.stderr, flush=True)
+            note(f"{message}; training goes on")

@@ -3,7 +3,6 @@
 Few fields, the rest are properties. The same classes make the command line (tyro), the presets in `configs/` and
 `config.json` in the run directory."""
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
@@ -121,12 +120,10 @@ class OptimizerConfig(Section):
         self.within(0, math.inf, "warmup_steps", "clip_norm", "weight_decay")
         self.within(0, 1, "final_lr_ratio", "decay_fraction")
         self.within(0, 0.999999, "beta1", "beta2", "ema_decay")
-        for f in dataclasses.fields(self):
-            value, unused = getattr(self, f.name), f.name in _UNUSED.get(self.name, ())
-            require(
-                not unused or value == f.default,
-                f"optimizer.{f.name} is {value}, but {self.name} does not use it; leave it at {f.default}",
-            )
+        for name in _UNUSED.get(self.name, ()):
+            value, default = getattr(self, name), getattr(OptimizerConfig, name)
+            message = f"optimizer.{name} is {value}, but {self.name} does not use it; leave it at {default}"
+            require(value == default, message)
 
 
 @dataclass(frozen=True)
@@ -166,9 +163,8 @@ class TrainingConfig(Section):
 
     def __post_init__(self) -> None:
         self.within(1, math.inf, "steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
-        self.within(
-            0, math.inf, "eval_every", "eval_batches", "sample_tokens", "z_loss", "router_balance_loss", "router_z_loss"
-        )
+        self.within(0, math.inf, "eval_every", "eval_batches", "sample_tokens")
+        self.within(0, math.inf, "z_loss", "router_balance_loss", "router_z_loss")
         self.within(0, 2**31 - 1, "seed", "steps")
         require(
             self.batch_size % self.accumulation_steps == 0,
@@ -242,10 +238,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: it must be a plain word")
         chunks, length = self.training.loss_chunks, self.model.context_length
-        require(
-            length % chunks == 0,
-            f"model.context_length {length} does not divide by training.loss_chunks {chunks}",
-        )
+        require(length % chunks == 0, f"model.context_length {length} does not divide by training.loss_chunks {chunks}")
 
     @property
     def run_path(self) -> Path:

@@ -162,17 +162,11 @@ def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
                 f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; set tokenizer.path to "
                 f"{directory / 'tokenizer.model'} or prepare the text again"
             )
-        val = meta["splits"]["val"]
-        return Corpus(
-            name=meta["name"],
-            directory=directory,
-            vocab_size=tokenizer.vocab_size,
-            train=_open_split(directory, "train", meta["splits"]["train"]["shards"], dtype),
-            val=_open_split(directory, "val", val["shards"], dtype),
-            val_bytes=val["bytes"],
-            val_gzip_bytes=val["gzip_bytes"],
-            fingerprint=hashlib.sha256(json.dumps(meta["splits"], sort_keys=True).encode()).hexdigest(),
-        )
+        splits = meta["splits"]
+        train, val = (_open_split(directory, split, splits[split]["shards"], dtype) for split in ("train", "val"))
+        val_sizes = splits["val"]["bytes"], splits["val"]["gzip_bytes"]
+        fingerprint = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+        return Corpus(meta["name"], directory, tokenizer.vocab_size, train, val, *val_sizes, fingerprint)
     except FileNotFoundError as error:
         raise _bad(error.filename, "is missing") from None
     except (KeyError, TypeError, AttributeError) as error:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_
 from jaxgpt.sharding import check_divides, make_mesh, place_batch
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import evaluate, gzip_bits_per_byte
-from jaxgpt.training.metrics import Display, MetricsLog, Record, Speed
+from jaxgpt.training.metrics import Display, MetricsLog, Record
 from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -70,9 +71,11 @@ class Trainer:
             "tokenizer_sha256": self.tokenizer.sha256,
             "data": [corpus.fingerprint for corpus in self.corpora],
         }
+        self.tokens = size * length  # in one step
         self.eval_step = make_eval_step(self.config)
         self.stopping = False
-        self.speed = Speed()
+        self.seconds: list[float] = []
+        """What each step since the last record took, without what stands between: evaluations, saves, compilation."""
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the seed, to the last step."""
@@ -126,18 +129,13 @@ class Trainer:
 
     def announce(self, state: TrainState, start: int) -> None:
         """What is about to run, in two lines."""
-        mesh, training, model = jax.sharding.get_mesh(), self.config.training, self.config.model
-        tokens = training.batch_size * model.context_length
-        axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        epochs = training.steps / self.loader.steps_per_epoch
-        self.display.say(
-            f"{self.config.name}: {parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, on "
-            f"{mesh.devices.flat[0].device_kind} ({axes})"
-        )
-        self.display.say(
-            f"{training.steps} steps of {tokens:,} tokens ({epochs:.2f} epochs) into {self.config.run_path}"
-            + (f", going on after step {start}" if start else "")
-        )
+        mesh, steps, model = jax.sharding.get_mesh(), self.config.training.steps, self.config.model
+        what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}"
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        self.display.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
+        epochs = f"{steps / self.loader.steps_per_epoch:.2f} epochs"
+        resumed = f", going on after step {start}" if start else ""
+        self.display.say(f"{steps} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
         if not len(self.windows):
             self.display.say("nothing is held out: there will be no evaluation")
 
@@ -152,7 +150,7 @@ class Trainer:
         step_function = self.compiled(state, place_batch(self.loader[start]))
         batches = self.loader.iterate(start)
         unreported: tuple[int, Metrics] | None = None
-        self.speed.resume()
+        self.resumed = time.perf_counter()
         for step in range(start + 1, last + 1):
             state, metrics = step_function(state, place_batch(next(batches)))
             if unreported:
@@ -174,7 +172,7 @@ class Trainer:
         if stopping and not (complete and step == self.config.training.steps):
             self.checkpoints.wait()
             raise self.stopped(step)
-        self.speed.resume()
+        self.resumed = time.perf_counter()
 
     def stopped(self, step: int) -> Stopped:
         saved = self.checkpoints.saved_step
@@ -197,7 +195,9 @@ class Trainer:
     def report(self, step: int, metrics: Metrics) -> None:
         """Wait for the metrics of a step, show them, and record them when they are due."""
         values = jax.device_get(metrics)
-        self.speed.step()
+        now = time.perf_counter()
+        self.seconds.append(now - self.resumed)
+        self.resumed, seconds_per_step = now, statistics.fmean(self.seconds)
         if not values["finite"]:
             names = self.loader.documents(step - 1)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -206,18 +206,17 @@ class Trainer:
                 f"for documents {', '.join(names[:5]) or 'without names'}{more}; the newest saved step is "
                 f"{self.checkpoints.saved_step}: look at these documents, or lower optimizer.peak_lr"
             )
-        tokens = self.config.training.batch_size * self.config.model.context_length
-        speed = tokens / self.speed.seconds_per_step()
+        speed = self.tokens / seconds_per_step
         loss = float(values["loss"])
-        record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * tokens}
+        record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * self.tokens}
         record |= {name: float(x) for name, x in values.items() if name not in ("loss", "tokens", "finite")}
         if peak := peak_flops(jax.sharding.get_mesh()):
             record["mfu"] = speed * 3 * forward_flops_per_token(self.config.model) / peak
         due = step % self.config.training.log_every == 0 or step == self.config.training.steps
-        self.display.step(record, self.speed.seconds_per_step(), due=due)
+        self.display.step(record, seconds_per_step, due=due)
         if due:
             self.log.write(record)
-            self.speed.restart()
+            self.seconds.clear()
 
     def evaluation_due(self, step: int) -> bool:
         every, last = self.config.training.eval_every, step == self.config.training.steps

@@ -107,28 +107,6 @@ def _start_wandb(config: TrainConfig) -> Any:
     return wandb.init(project="jaxgpt", name=config.name, dir=config.run_path, config=asdict(config), resume="allow")
 
 
-class Speed:
-    """Steps and seconds since the last record, without what stands between them: evaluations, saves, compilation."""
-
-    def __init__(self) -> None:
-        self._steps, self._seconds = 0, 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        """Go on counting time from now."""
-        self._since = time.perf_counter()
-
-    def step(self) -> None:
-        now = time.perf_counter()
-        self._steps, self._seconds, self._since = self._steps + 1, self._seconds + now - self._since, now
-
-    def seconds_per_step(self) -> float:
-        return self._seconds / max(self._steps, 1)
-
-    def restart(self) -> None:
-        self._steps, self._seconds = 0, 0.0
-
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Train on in silence when the reader (`| head`) has gone: all records are in the run directory."""

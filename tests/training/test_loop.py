@@ -146,15 +146,15 @@ def test_a_stop_during_evaluation_leaves_it_to_the_next_run(
 @pytest.mark.usefixtures("one_device")
 def test_what_the_message_says_is_saved(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A signal after the loop has decided that step 5, which is only evaluated, need not be saved."""
-    resume, calls = metrics.Speed.resume, itertools.count()
+    pause = Trainer.pause
 
-    def resume_speed(self: metrics.Speed) -> None:
-        resume(self)
-        if next(calls) == 3:  # made, before step 1, after step 4, after step 5
+    def pause_then_interrupt(self: Trainer, step: int, state: Any) -> None:
+        pause(self, step, state)
+        if step == 5:
             assert [r["step"] for r in records(tmp_path)][-1] == 5
             interrupt()
 
-    monkeypatch.setattr(metrics.Speed, "resume", resume_speed)
+    monkeypatch.setattr(Trainer, "pause", pause_then_interrupt)
     with pytest.raises(Stopped, match=r"^stopped after step 6, which is saved"):
         train(with_options(tiny, tmp_path))
     assert saved_steps(tmp_path)[-1] == 6
@@ -507,6 +507,38 @@ def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_training_step(
     monkeypatch.setattr("jaxgpt.training.loop.evaluate", note)
     train(with_options(tiny, tmp_path, training={"steps": 5}))
     assert shapes == [(3 * 2, (4 // 2, 64))]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_speed_leaves_out_what_stands_between(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a clock that only steps and evaluations move. A record after every third step holds the mean of three."""
+    now = [100.0]
+    compiled, evaluate = Trainer.compiled, Trainer.evaluate
+
+    def compiled_with_clock(self: Trainer, *arguments: Any) -> Callable[..., Any]:
+        step_function, taken = compiled(self, *arguments), itertools.count(1)
+
+        def step(*state_and_batch: Any) -> Any:
+            now[0] += next(taken)
+            return step_function(*state_and_batch)
+
+        now[0] += 50
+        return step
+
+    def slow_evaluate(self: Trainer, *arguments: Any) -> bool:
+        now[0] += 1000
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "compiled", compiled_with_clock)
+    monkeypatch.setattr(Trainer, "evaluate", slow_evaluate)
+    train(with_options(tiny, tmp_path, training={"steps": 6, "log_every": 3, "eval_every": 1}))
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len([record for record in found if "val_loss" in record]) == 6
+    speeds = {record["step"]: record["tokens_per_second"] for record in found if "loss" in record}
+    assert speeds == {3: 4 * 64 / 2, 6: 4 * 64 / 5}
 
 
 def test_the_records_of_a_run(finished: Path) -> None:

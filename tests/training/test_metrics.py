@@ -23,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxgpt.config import TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.training.metrics import Display, MetricsLog, Speed
+from jaxgpt.training.metrics import Display, MetricsLog
 
 RECORD = {"step": 5, "loss": 6.1, "tokens_per_second": 1234.4, "mfu": 0.05}
 EVALUATION = {"step": 5, "val_loss": 6.2, "val_bits_per_byte": 3.7, "val_bits_per_byte_se": 0.16}
@@ -193,30 +193,6 @@ def test_weights_and_biases_is_missed_before_anything_is_cut(
     with pytest.raises(ConfigError, match="wandb is not installed"):
         MetricsLog(dataclasses.replace(config, training=TrainingConfig(wandb=True)), 0)
     assert lines(config) == [record(1)]
-
-
-# The clock
-
-
-def test_speed_leaves_out_what_stands_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    speed = Speed()
-    assert speed.seconds_per_step() == 0
-
-    def steps(count: int, seconds: float) -> None:
-        for _ in range(count):
-            now[0] += seconds
-            speed.step()
-
-    steps(3, 2)
-    now[0] += 1000  # an evaluation
-    speed.resume()
-    steps(1, 4)
-    assert speed.seconds_per_step() == 2.5
-    speed.restart()
-    steps(2, 7)
-    assert speed.seconds_per_step() == 7
 
 
 # The display
