@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.interop import load as load_module
+from jaxgpt.interop.configs import canonical
 from jaxgpt.interop.convert import convert
 from jaxgpt.interop.families import FAMILIES
 from jaxgpt.interop.gguf import read_gguf
@@ -81,12 +82,13 @@ def test_gguf_gives_the_same_model(case: tuple, mesh_of: Callable, tmp_path: Pat
         convert(directory, tmp_path / "x.gguf", "gguf", "float32")
         again = load_model(tmp_path / "x.gguf", for_training=True)
         before, after = leaves(model), leaves(again.model)
-        difference = np.abs(made.logits_of(again.model) - made.logits_of(model)).max()
-    plus_one = model.config.norm_plus_one
+        plus_one, difference = model.config.norm_plus_one, 0.0
+        if plus_one or name in ("gpt2", "llama 3", "mixtral"):  # for the others it is the same program on the same bits
+            difference = np.abs(made.logits_of(again.model) - made.logits_of(model)).max()
     for parameter, array in before.items():
         atol = 1e-6 if plus_one and parameter.endswith("norm.scale") else 0
         np.testing.assert_allclose(after[parameter], array, rtol=0, atol=atol, err_msg=parameter)
-    assert difference <= (5e-5 if plus_one else 0)
+    assert difference <= (5e-5 if plus_one else 0) and canonical(again.config) == model.config
     assert (again.family in ("llama", "mistral")) == (name == "mistral") or again.family == made.FAMILIES[name][
         "model_type"
     ]
