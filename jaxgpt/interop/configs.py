@@ -247,7 +247,7 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     """The family and the configuration of a GGUF file; raises what `read_config` raises."""
     architecture = metadata.get("general.architecture")
     prefix = f"{architecture}."
-    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): _decimal(value) for key, value in metadata.items() if key.startswith(prefix)}
     experts = bool(own.get("expert_count"))
     families = [each for each in FAMILIES if each.gguf == architecture and ("n_experts" in each.keys) == experts]
     if not families:
@@ -272,6 +272,11 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     if config.n_layers in family.gguf_wide_scalar:
         config = dataclasses.replace(config, query_scalar=config.d_model / config.n_heads)
     return family, config
+
+
+def _decimal(value: Any) -> Any:
+    """The shortest number that is the same float32: 1e-5 is 9.999999747378752e-06 in a file."""
+    return float(str(np.float32(value))) if isinstance(value, float) and abs(value) < 1e38 else value
 
 
 def _slowing(config: ModelConfig) -> np.ndarray:

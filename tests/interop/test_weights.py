@@ -1,0 +1,376 @@
+"""Parameters of every family out of files and into them: each in its place, none missing, unknown, or on one device."""
+
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import made
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.interop import load as load_module
+from jaxgpt.interop.configs import canonical
+from jaxgpt.interop.convert import convert
+from jaxgpt.interop.families import FAMILIES
+from jaxgpt.interop.gguf import read_gguf
+from jaxgpt.interop.load import load_model, load_weights
+from jaxgpt.interop.stored import StoredTensor
+from jaxgpt.interop.weights import Layout, check_tensors
+from jaxgpt.model import Transformer, parameter_name
+from jaxgpt.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return made.tokenizer_of()
+
+
+@pytest.fixture(scope="module", params=[*made.FAMILIES, *made.MORE])
+def case(
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, mesh_of: Callable
+) -> tuple[str, Path, Transformer]:
+    """Name, directory and model."""
+    directory = tmp_path_factory.mktemp("hf")
+    with mesh_of():
+        return request.param, directory, made.write_hf(directory, request.param, tokenizer)
+
+
+def by_name(model: Any) -> dict[str, Any]:
+    return {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+
+def leaves(model: Transformer) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in by_name(model).items()}
+
+
+def test_every_family_is_here() -> None:
+    there = {hf["model_type"] for hf in (made.FAMILIES | made.MORE).values()}
+    assert there == {family.model_type for family in FAMILIES}
+
+
+def test_a_directory_is_read_back_bit_for_bit(case: tuple, mesh_of: Callable) -> None:
+    name, directory, model = case
+    with mesh_of():
+        family, stacked = load_weights(directory, for_training=True)
+        _, unstacked = load_weights(directory)
+        before, after, alone = leaves(model), leaves(stacked), leaves(unstacked)
+    assert family == (made.FAMILIES | made.MORE)[name]["model_type"]
+    assert before.keys() == after.keys()
+    for parameter, array in before.items():
+        np.testing.assert_array_equal(after[parameter], array, parameter)
+        for i in range(model.config.n_layers) if parameter.startswith("layers.") else []:
+            one = alone[parameter.replace("layers.", f"layers.{i}.")]
+            np.testing.assert_array_equal(one, array[i], parameter)
+
+
+def test_gguf_gives_the_same_model(case: tuple, mesh_of: Callable, tmp_path: Path) -> None:
+    """Bit for bit but for norms that GGUF holds as 1 + w; what it cannot hold is refused by name and leaves nothing."""
+    name, directory, model = case
+    with mesh_of():
+        if name in made.MORE:
+            lost = {"mistral, window": "windows", "phi3, long": "rope_scaling", "qwen3_moe, plain": "normalize_experts"}
+            with pytest.raises(ConfigError, match=f"GGUF cannot hold {lost[name]}"):
+                convert(directory, tmp_path / "x.gguf", "gguf", "float32")
+            assert not list(tmp_path.iterdir())
+            return
+        convert(directory, tmp_path / "x.gguf", "gguf", "float32")
+        again = load_model(tmp_path / "x.gguf", for_training=True)
+        before, after = leaves(model), leaves(again.model)
+        plus_one, difference = model.config.norm_plus_one, 0.0
+        if plus_one or name in ("gpt2", "llama 3", "mixtral"):  # for the others it is the same program on the same bits
+            difference = np.abs(made.logits_of(again.model) - made.logits_of(model)).max()
+    for parameter, array in before.items():
+        atol = 1e-6 if plus_one and parameter.endswith("norm.scale") else 0
+        np.testing.assert_allclose(after[parameter], array, rtol=0, atol=atol, err_msg=parameter)
+    assert difference <= (5e-5 if plus_one else 0) and canonical(again.config) == model.config
+    assert (again.family in ("llama", "mistral")) == (name == "mistral") or again.family == made.FAMILIES[name][
+        "model_type"
+    ]
+
+
+def known_to_llama_cpp(arch: str, layers: int) -> set[str]:
+    """The tensors of an architecture in the tables of the `gguf` package."""
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    names = [gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[number]]
+    return {f"{name.format(bid=i)}.{kind}" for name in names for i in range(layers) for kind in ("weight", "bias")}
+
+
+def test_tensors_and_settings_are_called_as_llama_cpp_expects(case: tuple, mesh_of: Callable, tmp_path: Path) -> None:
+    name, directory, model = case
+    if name in made.MORE:
+        return
+    with mesh_of():
+        convert(directory, tmp_path / "x.gguf", "gguf", "float32")
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    arch = reader.fields["general.architecture"].contents()
+    written = {tensor.name for tensor in reader.tensors}
+    assert written <= known_to_llama_cpp(arch, model.config.n_layers) | {"rope_freqs.weight"}
+    spelt = {
+        value.replace("{arch}", arch)
+        for section in vars(gguf.Keys).values()
+        if isinstance(section, type)
+        for value in vars(section).values()
+        if isinstance(value, str)
+    }
+    assert {key for key in reader.fields if not key.startswith("GGUF.")} <= spelt
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """How llama.cpp's converter orders the rows of q and k, so that pairs lie side by side."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama, biases", "mixtral", "smollm3", "mistral", "qwen2", "qwen3", "olmo2", "gemma3"]
+)
+def test_the_rows_of_queries_and_keys_are_in_the_order_of_the_format(
+    name: str, tokenizer: Tokenizer, mesh_of: Callable, tmp_path: Path
+) -> None:
+    with mesh_of():
+        model = made.write_hf(tmp_path / "hf", name, tokenizer)
+        convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "float32")
+    hf, stored = load_file(tmp_path / "hf" / "model.safetensors"), read_gguf(tmp_path / "x.gguf").tensors
+    paired = name in ("llama, biases", "mixtral", "smollm3", "mistral")
+    for theirs, ours, heads in (
+        ("q_proj", "attn_q", model.config.n_heads),
+        ("k_proj", "attn_k", model.config.kv_heads),
+    ):
+        for kind in ("weight", "bias"):
+            if (key := f"model.layers.1.self_attn.{theirs}.{kind}") in hf:
+                expected = permuted(hf[key], heads) if paired else hf[key]
+                np.testing.assert_array_equal(stored[f"blk.1.{ours}.{kind}"].read(), expected)
+    norm = hf["model.norm.weight"] + np.float32(1 if name == "gemma3" else 0)
+    np.testing.assert_array_equal(stored["output_norm.weight"].read(), norm)
+
+
+def test_gguf_of_gpt2_holds_matrices_the_other_way_round(
+    tokenizer: Tokenizer, mesh_of: Callable, tmp_path: Path
+) -> None:
+    with mesh_of():
+        made.write_hf(tmp_path / "hf", "gpt2", tokenizer)
+        convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "float32")
+    hf, stored = load_file(tmp_path / "hf" / "model.safetensors"), read_gguf(tmp_path / "x.gguf").tensors
+    for theirs, ours in (("attn.c_attn", "attn_qkv"), ("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down")):
+        np.testing.assert_array_equal(stored[f"blk.2.{ours}.weight"].read(), hf[f"transformer.h.2.{theirs}.weight"].T)
+        np.testing.assert_array_equal(stored[f"blk.2.{ours}.bias"].read(), hf[f"transformer.h.2.{theirs}.bias"])
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma3", "mixtral", "gpt2"])
+def test_q8_0_is_near(name: str, tokenizer: Tokenizer, mesh_of: Callable, tmp_path: Path) -> None:
+    """Every matrix is quantised to within half a step of its blocks, and nothing else is."""
+    with mesh_of():
+        model = made.write_hf(tmp_path / "hf", name, tokenizer)
+        convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "q8_0")
+        again = load_model(tmp_path / "x.gguf", for_training=True).model
+        before, after = made.logits_of(model), made.logits_of(again)
+    stored = read_gguf(tmp_path / "x.gguf").tensors
+    assert {t.kind for t in stored.values() if len(t.shape) > 1} == {"Q8_0"}
+    assert {t.kind for t in stored.values() if len(t.shape) == 1} == {"F32"}
+    for parameter, array in leaves(model).items():
+        assert np.abs(leaves(again)[parameter] - array).max() <= np.abs(array).max() / 127 / 1.9 + 1e-6, parameter
+    assert 0 < np.abs(after - before).mean() < 0.05 * before.std(), "but for a token that goes to another expert"
+
+
+def test_rows_that_q8_0_does_not_divide_stay_bfloat16_and_are_counted(
+    tokenizer: Tokenizer, mesh_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mesh_of():
+        made.write_hf(tmp_path / "hf", "llama", tokenizer, intermediate_size=40)
+        convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "q8_0")
+    stored = read_gguf(tmp_path / "x.gguf").tensors
+    assert {name for name, t in stored.items() if t.kind == "BF16"} == {f"blk.{i}.ffn_down.weight" for i in range(4)}
+    assert "4 tensors, such as blk.0.ffn_down.weight, are bfloat16" in capsys.readouterr().err
+
+
+# What is missing, unknown or damaged
+
+
+@pytest.fixture
+def llama(tokenizer: Tokenizer, mesh_of: Callable, tmp_path: Path) -> Path:
+    with mesh_of():
+        made.write_hf(tmp_path / "hf", "llama", tokenizer)
+    return tmp_path / "hf"
+
+
+UP = "model.layers.2.mlp.up_proj.weight"
+DAMAGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
+    "missing": (lambda t: t.pop(UP), f"there is no tensor {UP}; restore the file"),
+    "no last layer": (
+        lambda t: [t.pop(name) for name in list(t) if ".layers.3." in name],
+        "there is no tensor model.layers.3.self_attn.q_proj.weight",
+    ),
+    "unknown": (lambda t: t.update({"model.extra": np.ones(3)}), "1 tensors are unknown to llama, such as model.extra"),
+    "one layer more": (
+        lambda t: t.update({UP.replace("2", "4"): t[UP]}),
+        "1 tensors are unknown to llama, such as model.layers.4.mlp.up_proj.weight",
+    ),
+    "a bias": (lambda t: t.update({UP[:-6] + "bias": np.ones(64)}), f"unknown to llama, such as {UP[:-6]}bias"),
+    "transposed": (lambda t: t.update({UP: t[UP].T.copy()}), f"tensor {UP} is F32[32, 64] and must be a float[64, 32]"),
+    "flat": (lambda t: t.update({UP: t[UP].ravel()}), f"tensor {UP} is F32[2048] and must be a float[64, 32]"),
+    "integers": (lambda t: t.update({UP: t[UP].astype(np.int32)}), f"tensor {UP} is I32[64, 32] and must be a float"),
+    "not a number": (lambda t: t[UP].__setitem__((3, 5), np.nan), "parameter layers.2.mlp.up.kernel is not finite"),
+    "infinite": (lambda t: t[UP].__setitem__((3, 5), -np.inf), "parameter layers.2.mlp.up.kernel is not finite"),
+    "a smaller vocabulary": (
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:200].copy()}),
+        "tensor model.embed_tokens.weight is F32[200, 32] and must be a float[350, 32]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_tensor_that_is_missing_unknown_or_damaged_is_refused_by_name(
+    damage: str, llama: Path, mesh_of: Callable
+) -> None:
+    change, message = DAMAGES[damage]
+    tensors = load_file(llama / "model.safetensors")
+    change(tensors)
+    save_file(tensors, llama / "model.safetensors")
+    with mesh_of(), pytest.raises(BadFileError) as error:
+        load_weights(llama)
+    assert message in str(error.value) and str(error.value).startswith(f"model {llama}: ")
+
+
+def test_nothing_is_read_before_every_name_and_shape_is_compared(llama: Path) -> None:
+    def read() -> np.ndarray:
+        raise AssertionError("read too early")
+
+    layout, tensors = load_module.open_model(llama)
+    unread = {name: StoredTensor(tensor.shape, tensor.kind, read) for name, tensor in tensors.items()}
+    check_tensors(layout, unread, "model")
+    last = unread.pop("lm_head.weight")
+    with pytest.raises(BadFileError, match=r"no tensor lm_head\.weight"):
+        check_tensors(layout, unread, "model")
+    with pytest.raises(BadFileError, match="unknown to llama"):
+        check_tensors(layout, unread | {"lm_head.weight": last, "x": last}, "model")
+
+
+def test_what_is_computed_or_tied_is_counted_and_left_out(
+    tokenizer: Tokenizer, mesh_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Causal masks of the first GPT-2 files, whose names have no prefix; frequencies and a copy of tied embeddings."""
+    with mesh_of():
+        for name in ("gpt2", "llama 3"):
+            model = made.write_hf(tmp_path / name, name, tokenizer)
+            tensors = load_file(tmp_path / name / "model.safetensors")
+            if name == "gpt2":
+                tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+                tensors |= {
+                    f"h.{i}.attn.{kind}": np.ones((1, 1, 4, 4)) for i in range(4) for kind in ("bias", "masked_bias")
+                }
+            else:
+                tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4) for i in range(4)}
+                tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+            save_file(tensors, tmp_path / name / "model.safetensors")
+            _, again = load_weights(tmp_path / name, for_training=True)
+            np.testing.assert_array_equal(made.logits_of(again), made.logits_of(model))
+            count = {"gpt2": 8, "llama 3": 5}[name]
+            assert f"{count} tensors are computed here, such as " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_halves_are_read_as_what_they_are(dtype: str, llama: Path, mesh_of: Callable) -> None:
+    import ml_dtypes
+
+    narrow = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}[dtype]
+    layout, tensors = load_module.open_model(llama)
+    arrays = {name: tensor.read().astype(narrow) for name, tensor in tensors.items()}
+    save_file(arrays, llama / "model.safetensors")
+    with mesh_of():
+        _, model = load_weights(llama)
+    up = np.asarray(model.layers[2].mlp.up.kernel[...])
+    assert up.dtype == np.float32
+    np.testing.assert_array_equal(up, arrays[UP].astype(np.float32).T)
+    assert layout.config.dtype == "float32"
+
+
+def test_the_arithmetic_is_float32_unless_asked(llama: Path, mesh_of: Callable) -> None:
+    with mesh_of():
+        assert load_model(llama).config.dtype == "float32"
+        narrow = load_model(llama, dtype="bfloat16")
+    assert narrow.config.dtype == "bfloat16" and narrow.model.layers[0].mlp.up.kernel[...].dtype == "bfloat16"
+
+
+def test_more_tokens_than_embeddings_are_reported_or_refused(
+    llama: Path, tokenizer: Tokenizer, mesh_of: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mesh_of():
+        made.write_hf(llama, "llama", tokenizer, vocab_size=330)
+        load_model(llama)
+        assert f"{llama}: 10 tokens of its tokenizer have no embedding" in capsys.readouterr().err
+
+
+# Placement
+
+MESHES = [(1, 8, 1), (2, 2, 2), (1, 1, 8)]
+WIDE = dict(num_attention_heads=16, num_key_value_heads=8, hidden_size=64, head_dim=4, intermediate_size=128)
+
+
+class Watch:
+    """What is on the host and on the devices while a model is loaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[weakref.ref] = []
+        self.most_read = self.placed = self.cut = 0
+        real_open, real_put = load_module.open_model, jax.device_put
+
+        def opened(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
+            layout, tensors = real_open(path)
+            return layout, {n: StoredTensor(t.shape, t.kind, self.reading(t)) for n, t in tensors.items()}
+
+        def put(array: Any, sharding: Any) -> jax.Array:
+            assert isinstance(array, np.ndarray), "it is on a device already"
+            placed = real_put(array, sharding)
+            assert {shard.data.shape for shard in placed.addressable_shards} == {sharding.shard_shape(array.shape)}
+            assert placed.sharding.device_set == set(jax.sharding.get_mesh().devices.flat)
+            self.placed += 1
+            mesh = jax.sharding.get_mesh().shape
+            if array.nbytes > 5000:  # norms, and routers over tensor, are whole
+                parts = {array.nbytes // shard.data.nbytes for shard in placed.addressable_shards}
+                assert parts == {mesh["fsdp"] * mesh["tensor"]}
+                self.cut += 1
+            return placed
+
+        monkeypatch.setattr(load_module, "open_model", opened)
+        monkeypatch.setattr("jaxgpt.interop.weights.jax.device_put", put)
+
+    def reading(self, tensor: StoredTensor) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            there = sum(1 for each in self.read if each() is not None)
+            self.most_read = max(self.most_read, there + 1)
+            array = tensor.read()
+            self.read.append(weakref.ref(array))
+            return array
+
+        return read
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+@pytest.mark.parametrize("for_training", [False, True])
+def test_parameters_go_to_their_devices_in_parts(
+    name: str, sizes: tuple, for_training: bool, mesh_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, from the host to where it is cut; no device ever has a whole that is cut over several, and the host
+    drops what it has read before it reads the next parameter."""
+    with mesh_of():
+        expected = leaves(made.write_hf(tmp_path / "hf", name, max_shard_bytes=5e4, **WIDE))
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    watch = Watch(monkeypatch)
+    with mesh_of(*sizes):
+        _, loaded = load_weights(tmp_path / "hf", for_training=for_training)
+        assert watch.placed == len(jax.tree.leaves(loaded)) and watch.cut >= (9 if for_training else 30)
+        assert watch.most_read <= (6 if name == "mixtral" else 2), "all experts of one layer are one parameter"
+        born = jax.eval_shape(lambda: Transformer(loaded.config, jax.random.key(0)))
+    for parameter, leaf in by_name(loaded).items():
+        layer = re.match(r"layers\.(\d+)\.", parameter)
+        stacked = re.sub(r"^layers\.\d+\.", "layers.", parameter)
+        array = expected[stacked][int(layer[1])] if layer else expected[stacked]
+        np.testing.assert_array_equal(leaf, array, parameter)
+        as_born = by_name(born)[stacked].sharding.spec
+        assert tuple(leaf.sharding.spec) == tuple(as_born)[1 if layer else 0 :], parameter
