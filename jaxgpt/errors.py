@@ -51,7 +51,7 @@ class TrainingError(JaxgptError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase `; did you mean A or B?` for a misspelt name, or nothing when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -62,7 +62,9 @@ _STORAGE_ERRNOS = {
 
 
 def _report(message: str) -> None:
-    print("jaxgpt: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """In one line, without what a file's names could make a terminal do."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())[:2000])
+    print(f"jaxgpt: error: {line}", file=sys.stderr, flush=True)
 
 
 def _flush_output() -> None:

@@ -44,7 +44,7 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{word} is no JSON")
 
     try:
-        value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise BadFileError(f"{where} is not valid JSON: {error}; restore the file") from None
     if not isinstance(value, dict):

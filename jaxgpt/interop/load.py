@@ -72,7 +72,11 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
         return Layout(*read_gguf_config(gguf.metadata, gguf.tensors, where), gguf=True), gguf.tensors
     layout = Layout(*read_config(_read_config_json(path), str(path / "config.json")), gguf=False)
     prefix, tensors = layout.family.prefix, read_safetensors(path)
-    return layout, {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
+    named = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
+    if len(named) < len(tensors):
+        twice = next(name for name in tensors if prefix + name in tensors)
+        raise BadFileError(f"{where}: tensor {twice!r} is there with and without {prefix!r}; restore the file")
+    return layout, named
 
 
 def model_config(path: Path) -> ModelConfig:
