@@ -31,7 +31,7 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises BadFileError for a damaged or hostile file, an index that does not agree with its files, or pickle files."""
     if not (directory / _INDEX).exists():
-        if not (directory / _ONE).exists():
+        if not (directory / _ONE).is_file():
             pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
             why = f"{pickles[0]} may run code when it is read, so it never is" if pickles else f"there is no {_ONE}"
             raise BadFileError(f"model {directory}: {why}; take or make {_ONE}")
