@@ -36,7 +36,7 @@ class Section:
             value = getattr(self, name)
             if value is not None and (not low <= value <= high or value == math.inf):
                 bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ConfigError(f"{self.section}.{name} is {value}: it must be {bound}")
+                raise ConfigError(f"{self.section}.{name} is {value!r:.50}: it must be {bound}")
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def assert_refused(path: Path, message: str) -> None:
     with pytest.raises(BadFileError, match=message) as caught:
         load_weights(path)
     assert time.perf_counter() - began < 5
-    assert "\n" not in str(caught.value) and "; " in str(caught.value)
-    assert str(path.parent if path.suffix == ".gguf" else path) in str(caught.value)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 1000 and ("; " in said or ": model." in said)
+    assert str(path.parent if path.suffix == ".gguf" else path) in said
 
 
 # GGUF
@@ -600,7 +601,7 @@ SAMPLE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "GGUF cut off": ("m.gguf", lambda raw: raw[: len(raw) // 2], "does not fit into the file"),
     "GGUF not finite": ("m.gguf", lambda raw: raw[:-1100] + b"\xff\x7f" * 500 + raw[-100:], "is not finite"),
     "a name that clears the terminal": (
-        "m.gguf", lambda raw: raw.replace(b"blk.1.ffn_up.weight", b"\x1b[2Jffn_up.weight\n"), "no tensor blk.1.ffn_up.weight"
+        "m.gguf", lambda raw: raw.replace(b"blk.1.ffn_up.weight", b"\x1b[2Jffn_up.weigh\n"), "no tensor blk.1.ffn_up.weight"
     ),
     "safetensors cut off": ("hf/model.safetensors", lambda raw: raw[:-1], "the end is at byte"),
     "safetensors of 2^60": ("hf/model.safetensors", lambda raw: struct.pack("<Q", HUGE) + raw[8:], "its header claims"),
