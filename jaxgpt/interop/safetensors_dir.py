@@ -42,7 +42,8 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     listed: dict[str, set[str]] = {}
     for tensor, file in index.items():
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
-            raise BadFileError(f"model {directory / _INDEX}: {file!r} is no .safetensors file of this directory")
+            odd = f"{file!r:.99} is no .safetensors file of this directory"
+            raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch the file again")
         listed.setdefault(file, set()).add(tensor)
     tensors: dict[str, StoredTensor] = {}
     for file, names in listed.items():
@@ -69,7 +70,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFileError(f"{where}: its __metadata__ is no table of texts; fetch the file again")
     if len(header) > MAX_TENSORS:
-        raise BadFileError(f"{where}: {len(header)} tensors are more than {MAX_TENSORS}")
+        raise BadFileError(f"{where}: {len(header)} tensors are more than {MAX_TENSORS}; take another model")
     tensors, ranges = {}, []
     for name, entry in header.items():
         match entry:

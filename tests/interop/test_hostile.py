@@ -54,7 +54,7 @@ def assert_refused(path: Path, message: str) -> None:
         load_weights(path)
     assert time.perf_counter() - began < 5
     said = str(caught.value)
-    assert said.isprintable() and len(said) < 1000 and ("; " in said or ": model." in said)
+    assert said.isprintable() and ("; " in said or ": model." in said)
     assert str(path.parent if path.suffix == ".gguf" else path) in said
 
 
@@ -72,7 +72,7 @@ def one(data: bytes = b"\0" * 64, **of_info: Any) -> bytes:
 
 
 def set_to(key: str, value: Any) -> bytes:
-    return gguf_file([setting(key, value)], [])
+    return gguf_file([setting(key, value)], [], alignment=1)
 
 
 BAD_GGUF: dict[str, tuple[bytes, str]] = {
@@ -85,7 +85,7 @@ BAD_GGUF: dict[str, tuple[bytes, str]] = {
     "49 bytes that claim 2^40 arrays": (
         gguf_file([setting("k", array_of(9, 2**40))], [], alignment=1), "setting 'k': values of type 9 are not",
     ),
-    "2^60 settings": (gguf_file([], [], n_settings=HUGE), f"setting 1 of {HUGE}: 8 bytes at byte 24 pass the end"),
+    "2^60 settings": (gguf_file([], [], n_settings=HUGE, alignment=1), f"setting 1 of {HUGE}: 8 bytes at byte 24 pass the end"),
     "2^60 tensors": (gguf_file([], [], n_tensors=HUGE), f"list of tensors: {HUGE} tensors are more than 100000"),
     "300,000 tensors": (
         gguf_file([], [info(f"t{i}", (1,), offset=32 * i) for i in range(300_000)], b"\0" * 32 * 300_000),
@@ -388,8 +388,13 @@ def test_other_tensors_than_the_models(tmp_path: Path) -> None:
     assert_refused(tmp_path, rf"tensor {name} is I32\[16, 32\] and must be a float")
     write(arrays | {name: arrays[name].astype(np.float64)}, "F64")
     assert_refused(tmp_path, rf"tensor {name} is F64\[16, 32\] and must be a float")
-    write(arrays | {"layers.0.input_layernorm.weight": np.zeros(32, np.float32)})
-    assert_refused(tmp_path, r"tensor 'layers.0.input_layernorm.weight' is there with and without 'model\.'")
+
+
+def test_a_tensor_with_and_without_the_prefix(tmp_path: Path) -> None:
+    write_directory(tmp_path, model_type="gpt2", architectures=None, n_layer=1, n_embd=8, n_head=1, n_positions=8)
+    header = {"h.0.ln_1.bias": declared([8]), "transformer.h.0.ln_1.bias": declared([8], 32)}
+    (tmp_path / "model.safetensors").write_bytes(safetensors_file(header, b"\0" * 64))
+    assert_refused(tmp_path, r"tensor 'h.0.ln_1.bias' is there with and without 'transformer\.'")
 
 
 # The index, and what else lies in a directory
@@ -450,7 +455,7 @@ BAD_INDEX: dict[str, tuple[Callable[[Path], None], str]] = {
     },
     "a file that is not there": (with_place("other.safetensors"), r"other\.safetensors: there is no such file"),
     "a missing file": (without_file, rf"{SECOND}: there is no such file"),
-    "a file that lacks a tensor": (with_place(SECOND), "and the index disagree on tensor 'model.norm.weight'"),
+    "a file that lacks a tensor": (with_place(FIRST), "and the index disagree on tensor 'model.norm.weight'"),
     "a file with more tensors": (linked_twice, "and the index disagree on tensor"),
 }  # fmt: skip
 
@@ -601,7 +606,7 @@ SAMPLE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "GGUF cut off": ("m.gguf", lambda raw: raw[: len(raw) // 2], "does not fit into the file"),
     "GGUF not finite": ("m.gguf", lambda raw: raw[:-1100] + b"\xff\x7f" * 500 + raw[-100:], "is not finite"),
     "a name that clears the terminal": (
-        "m.gguf", lambda raw: raw.replace(b"blk.1.ffn_up.weight", b"\x1b[2Jffn_up.weigh\n"), "no tensor blk.1.ffn_up.weight"
+        "m.gguf", lambda raw: raw.replace(b"blk.1.ffn_up.weight", b"\x1b[2J.ffn_up.weight\n"), "no tensor blk.1.ffn_up.weight"
     ),
     "safetensors cut off": ("hf/model.safetensors", lambda raw: raw[:-1], "the end is at byte"),
     "safetensors of 2^60": ("hf/model.safetensors", lambda raw: struct.pack("<Q", HUGE) + raw[8:], "its header claims"),
