@@ -85,7 +85,7 @@ def model_config(path: Path) -> ModelConfig:
 
 
 def _read_config_json(path: Path) -> dict[str, Any]:
-    return read_json(path / "config.json", limit=16 * 2**20)
+    return read_json(path / "config.json", limit=2**20)
 
 
 def _is_run(path: Path) -> bool:

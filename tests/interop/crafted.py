@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9  # types of values in GGUF
+U8, U32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 4, 6, 7, 8, 9, 10, 11, 12  # types of values in GGUF
 F32_TENSOR, Q8_0_TENSOR = 0, 8
 
 
@@ -28,12 +28,18 @@ def setting(key: str | bytes, value: Any) -> bytes:
 
 def _value(value: Any) -> tuple[int, bytes]:
     match value:
+        case None | dict():  # a byte, of which there is none among the settings
+            return U8, b"\0"
         case bool():
             return BOOL, struct.pack("<?", value)
-        case int():
+        case int() if 0 <= value < 2**32:
             return U32, struct.pack("<I", value)
+        case int():
+            return (U64, struct.pack("<Q", value % 2**64)) if value > 0 else (I64, struct.pack("<q", value))
         case float():
-            return F32, struct.pack("<f", value)
+            return (
+                (F32, struct.pack("<f", value)) if not 1e38 < abs(value) < np.inf else (F64, struct.pack("<d", value))
+            )
         case str():
             return STRING, text(value)
     values = [_value(each) for each in value]
@@ -87,6 +93,7 @@ LLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5, "vocab_size": 40, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e4,
     "eos_token_id": 1,
 }  # fmt: skip
+METADATA = {"format": "pt", "note": "what no reader looks at " * 9}
 SETTINGS: dict[str, Any] = {
     "general.architecture": "llama", "llama.block_count": 2, "llama.embedding_length": 32,
     "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.feed_forward_length": 64,
@@ -123,14 +130,17 @@ def write_directory(directory: Path, shards: int = 1, **changes: Any) -> Path:
     named = {name: array for name, (_, array) in tensors(changes.get("vocab_size", 40)).items()}
     files = [f"model-{i:05}-of-{shards:05}.safetensors" for i in range(1, shards + 1)] if shards > 1 else []
     for i, file in enumerate(files or ["model.safetensors"]):
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {"__metadata__": METADATA}
+        data = b""
         for name in list(named)[i::shards]:
-            at = header[next(reversed(header))]["data_offsets"][1] if header else 0
-            header[name] = declared(list(named[name].shape), at)
-        (directory / file).write_bytes(safetensors_file(header, b"".join(named[name].tobytes() for name in header)))
+            header[name] = declared(list(named[name].shape), len(data))
+            data += named[name].tobytes()
+        (directory / file).write_bytes(safetensors_file(header, data))
     if files:
         places = {name: files[i % shards] for i, name in enumerate(named)}
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": METADATA, "weight_map": places})
+        )
     return directory
 
 

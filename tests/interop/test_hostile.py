@@ -28,6 +28,7 @@ from crafted import (
     write_directory,
     write_gguf_file,
 )
+from safetensors import safe_open
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
@@ -335,10 +336,6 @@ def test_a_safetensors_file_that_ends_anywhere(tmp_path: Path) -> None:
     assert [tensor.read().shape for tensor in read_safetensors(tmp_path).values()] == [(2,), (2,)]
 
 
-def test_what_is_accepted_the_library_accepts() -> None:
-    pass
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     ("stored", "parameter"),
@@ -500,7 +497,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "not UTF-8": (b'{"model_type": "\xff"}', r"config\.json is not valid JSON"),
     "deep": (b'{"a":' * 10**6, r"config\.json is not valid JSON: .*recursion"),
     "deep lists": (b'{"a":' + b"[" * 10**6, r"config\.json is not valid JSON: .*recursion"),
-    "17 MB": (b" " * 2**24 + b"{}", r"config\.json is larger than 16777216 bytes"),
+    "1 MB": (b" " * 2**20 + b"{}", r"config\.json is larger than 1048576 bytes"),
     "a key twice": (b'{"model_type": "llama", "model_type": "llama"}', "a key occurs twice"),
     "NaN": (b'{"model_type": "llama", "rope_theta": NaN}', "NaN is no JSON"),
     "infinity": (b'{"model_type": "llama", "rope_theta": -Infinity}', "-Infinity is no JSON"),
@@ -697,7 +694,6 @@ def test_the_worst_files_take_little_time_and_memory(tmp_path: Path) -> None:
     files.append(tmp_path / "sparse text.gguf")
     for name, content in {
         "dicts": safetensors_file(b'{"a":[' + b'{"":{}},' * (2**24 // 8 - 4) + b"{}]}"),
-        "lists": safetensors_file(b'{"a":[' + b"[]," * (2**24 // 3 - 4) + b"[]]}"),
         "names": safetensors_file(b"{%b}" % b",".join(b'"%x":{}' % i for i in range(2**24 // 12))),
     }.items():
         write_directory(tmp_path / name)
@@ -708,9 +704,7 @@ def test_the_worst_files_take_little_time_and_memory(tmp_path: Path) -> None:
     (tmp_path / "index" / "model.safetensors.index.json").write_bytes(
         b'{"a":[' + b'{"":{}},' * (2**24 // 8 - 4) + b"{}]}"
     )
-    write_directory(tmp_path / "config")
-    (tmp_path / "config" / "config.json").write_bytes(b'{"model_type":[' + b'{"":{}},' * (2**24 // 8 - 4) + b"{}]}")
-    files += [tmp_path / name for name in ("dicts", "lists", "names", "sparse", "index", "config")]
+    files += [tmp_path / name for name in ("dicts", "names", "sparse", "index")]
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, files)], capture_output=True, text=True, check=True, timeout=300
     ).stdout
@@ -805,10 +799,8 @@ ROPES: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["gguf", "gguf settings", "safetensors", "index", "config", "config bytes"])
-def test_a_mutated_file_loads_or_is_refused(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """2,400 in all: each has the right shapes or is refused in one line, without a warning or another exception."""
+def test_a_mutated_file_loads_or_is_refused(what: str, tmp_path: Path) -> None:
+    """3,000 in all: each has the right shapes or is refused in one line, without a warning or another exception."""
     draw, counts = random.Random(what), {"ok": 0, "refused": 0}
     directory = write_directory(tmp_path / "model", shards=3 if what == "index" else 1)
     file = write_gguf_file(tmp_path / "m.gguf")
@@ -816,20 +808,24 @@ def test_a_mutated_file_loads_or_is_refused(
     path = file if "gguf" in what else directory / changed
     whole = path.read_bytes()
     head = struct.unpack("<Q", whole[:8])[0] + 8 if what == "safetensors" else len(gguf_file(*gguf_parts()[:2]))
-    monkeypatch.setattr(signal, "SIGALRM", signal.SIGALRM)
     before = signal.signal(signal.SIGALRM, hangs)
     try:
-        for i in range(400):
+        for i in range(500):
             if what == "gguf settings":
                 write_gguf_file(file, mutated_json(SETTINGS, draw))
             elif what == "config":
                 path.write_text(json.dumps(mutated_json(LLAMA | draw.choice(ROPES), draw)))
+            elif what == "index" and i % 2:
+                path.write_text(json.dumps(mutated_json(json.loads(whole), draw)))
             else:
                 path.write_bytes(mutated_bytes(whole, head, draw))
             signal.setitimer(signal.ITIMER_REAL, 10)
             try:
                 use(file if "gguf" in what else directory, load=i % 8 == 0)
                 counts["ok"] += 1
+                if what == "safetensors":
+                    with safe_open(path, "numpy") as opened:  # what the library refuses is refused
+                        assert set(opened.keys()) == read_safetensors(directory).keys()
             except (BadFileError, ConfigError) as error:
                 assert isinstance(error, BadFileError) and "\n" not in str(error), repr(error)
                 counts["refused"] += 1
@@ -837,4 +833,5 @@ def test_a_mutated_file_loads_or_is_refused(
                 signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.signal(signal.SIGALRM, before)
+    print(what, counts)
     assert min(counts.values()) > 20, counts
