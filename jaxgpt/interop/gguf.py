@@ -101,6 +101,8 @@ def read_gguf(path: Path) -> Gguf:
     if (version := reader.u32()) not in (2, 3):
         raise reader.fail(f"version {version} is not implemented (versions 2 and 3 are, in little endian)")
     n_tensors, n_settings = reader.u64(), reader.u64()
+    if max(n_tensors, n_settings) > MAX_TENSORS:
+        raise reader.fail(f"it claims {n_tensors} tensors and {n_settings} settings, and {MAX_TENSORS} may be there")
     metadata: dict[str, Any] = {}
     for i in range(n_settings):
         reader.what = f"setting {i + 1} of {n_settings}"
@@ -116,9 +118,6 @@ def _read_tensors(reader: _Reader, count: int, alignment: Any, file_size: int) -
     reader.what = "setting 'general.alignment'"
     if type(alignment) is not int or not 1 <= alignment <= 2**16 or alignment & (alignment - 1):
         raise reader.fail(f"{alignment!r} is no power of two up to 65536")
-    reader.what = "the list of tensors"
-    if count > MAX_TENSORS:
-        raise reader.fail(f"{count} tensors are more than {MAX_TENSORS}")
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for i in range(count):
         reader.what = f"tensor {i + 1} of {count}"

@@ -1,7 +1,9 @@
 """Damaged and hostile model files: each ends in one line that names what is wrong, in little time and memory."""
 
 import json
+import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -55,7 +57,7 @@ def assert_refused(path: Path, message: str) -> None:
         load_weights(path)
     assert time.perf_counter() - began < 5
     said = str(caught.value)
-    assert said.isprintable() and ("; " in said or "config.json: " in said)
+    assert said.isprintable() and any(sign in said for sign in ("; ", ": model.", "config.json: "))
     assert str(path.parent if path.suffix == ".gguf" else path) in said
 
 
@@ -86,11 +88,12 @@ BAD_GGUF: dict[str, tuple[bytes, str]] = {
     "49 bytes that claim 2^40 arrays": (
         gguf_file([setting("k", array_of(9, 2**40))], [], alignment=1), "setting 'k': values of type 9 are not",
     ),
-    "2^60 settings": (gguf_file([], [], n_settings=HUGE, alignment=1), f"setting 1 of {HUGE}: 8 bytes at byte 24 pass the end"),
-    "2^60 tensors": (gguf_file([], [], n_tensors=HUGE), f"list of tensors: {HUGE} tensors are more than 100000"),
+    "2^60 settings": (gguf_file([], [], n_settings=HUGE), f"it claims 0 tensors and {HUGE} settings, and 100000 may"),
+    "more settings than there are": (gguf_file([], [], n_settings=9, alignment=1), "setting 1 of 9: .* pass the end"),
+    "2^60 tensors": (gguf_file([], [], n_tensors=HUGE), f"it claims {HUGE} tensors and 0 settings, and 100000 may"),
     "300,000 tensors": (
         gguf_file([], [info(f"t{i}", (1,), offset=32 * i) for i in range(300_000)], b"\0" * 32 * 300_000),
-        "list of tensors: 300000 tensors are more than 100000",
+        "it claims 300000 tensors and 0 settings, and 100000 may",
     ),
     "more tensors than there are": (gguf_file([], [info("t", (1,))], n_tensors=3), "tensor 2 of 3: .* pass the end"),
     "a key of 2^60 bytes": (gguf_file([text("k", HUGE)], []), f"setting 1 of 1: {HUGE} bytes at byte 32 pass the end"),
@@ -185,15 +188,16 @@ def poisoned(name: str, raw: bytes) -> bytes:
     return gguf_file(settings, infos, data[:offset] + raw + data[offset + len(raw) :])
 
 
+SETTINGS_THERE, INFOS, DATA = gguf_parts()
 NAN, INFINITE_SCALE = struct.pack("<f", np.nan), struct.pack("<e", np.inf)
 BAD_MODELS: dict[str, tuple[bytes, str]] = {
     "a tensor is missing": (renamed("blk.1.ffn_up.weight", "x"), "there is no tensor blk.1.ffn_up.weight"),
     "no embedding": (renamed("token_embd.weight", "x"), "there is no tensor token_embd.weight"),
     "a tensor too many": (
-        gguf_file(*(a + b for a, b in zip(gguf_parts(), ([], [info("x\x1b[2J", (8,), offset=2**15)], b"\0" * 2**16), strict=True))),
+        gguf_file(SETTINGS_THERE, [*INFOS, info("x\x1b[2J", (8,), offset=2**15)], DATA + b"\0" * 2**16),
         r"1 tensors are unknown to llama, such as 'x\\x1b\[2J'",
     ),
-    "another shape": (renamed("blk.0.attn_k.weight", None, shape=(8, 64)), r"attn_k.weight is Q8_0\[8, 64\] and must be"),
+    "another shape": (renamed("blk.0.attn_k.weight", None, shape=(8, 64)), r"attn_k.weight is Q8_0\[8, 64\] and must"),
     "NaN": (poisoned("blk.1.attn_norm.weight", NAN), "parameter layers.1.attention_norm.scale is not finite"),
     "an infinite scale": (poisoned("blk.1.ffn_up.weight", INFINITE_SCALE), "layers.1.mlp.up.kernel is not finite"),
 }  # fmt: skip
@@ -213,17 +217,20 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     *(({"llama.block_count": value}, "num_hidden_layers|n_layers") for value in (0, 10**6, 2**32 - 1, "2", 2.0, [2])),
     *(({"llama.embedding_length": value}, "hidden_size|wrong kind|model.d_model") for value in (0, "32", [32], 2.5)),
     ({"llama.embedding_length": 2**31 - 1}, "wrong kind|must be|does not divide"),
-    *(({"llama.attention.head_count": value}, "num_attention_heads|wrong kind|n_heads|must") for value in (0, "4", 5, [4])),
+    *(({"llama.attention.head_count": value}, "attention_heads|wrong kind|n_heads|must") for value in (0, "4", 5, [4])),
     *(({"llama.attention.head_count_kv": value}, "key_value|n_kv_heads|must be") for value in (0, 3, 2**31, [2])),
     *(({"llama.rope.freq_base": value}, "rope_theta|wrong kind") for value in (0.0, float("nan"), float("inf"), "x")),
     *(({"llama.rope.dimension_count": value}, "rope_fraction|partial|wrong kind") for value in (0, 3, 9, "8", [8])),
     *(({"llama.attention.layer_norm_rms_epsilon": value}, "eps") for value in (-1.0, float("nan"), "x", [1.0])),
     ({"llama.rope.scaling.type": "yarn"}, "yarn"),
     ({"llama.rope.scaling.type": 3}, "rope|wrong kind"),
-    *(({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": f}, "factor|kind") for f in (0.0, "x", [1.0])),
+    *(
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": factor}, "factor|kind")
+        for factor in (0.0, "x", [1.0])
+    ),
     ({"llama.expert_count": 2**31}, "expert"),
     ({"llama.expert_count": "x"}, "expert"),
-    ({"llama.feed_forward_length": 2**31 - 1}, r"ffn_gate.weight is Q8_0\[64, 32\] and must be a float\[2147483647, 32\]"),
+    ({"llama.feed_forward_length": 2**31 - 1}, r"ffn_gate.weight is Q8_0\[64, 32\] and must be .*\[2147483647, 32\]"),
 ]  # fmt: skip
 
 
@@ -306,11 +313,12 @@ BAD_SAFETENSORS: dict[str, tuple[bytes, str]] = {
     "three offsets": (two(data_offsets=[8, 12, 16]), "tensor 'b' cannot be"),
     "offsets that are text": (two(data_offsets=["8", "16"]), "tensor 'b' cannot be"),
     "a tensor that is a list": (safetensors_file({"a": [1, 2]}), r"tensor 'a' cannot be \[1, 2\]"),
-    "a tensor without a type": (safetensors_file({"a": {"shape": [2], "data_offsets": [0, 8]}}), "tensor 'a' cannot be"),
+    "no type": (safetensors_file({"a": {"shape": [2], "data_offsets": [0, 8]}}), "tensor 'a' cannot be"),
     "metadata that is text": (safetensors_file({"__metadata__": "x"}), "its __metadata__ is no table of texts"),
     "metadata that is numbers": (safetensors_file({"__metadata__": {"x": 1}}), "its __metadata__ is no table of texts"),
     "300,000 tensors": (
-        safetensors_file(b"{%b}" % b",".join(b'"%d":{}' % i for i in range(300_000))), "300000 tensors are more than 100000"
+        safetensors_file(b"{%b}" % b",".join(b'"%d":{}' % i for i in range(300_000))),
+        "300000 tensors are more than 100000",
     ),
     "names that are paths": (
         safetensors_file({"../../x": declared([2]), "/etc/x": declared([2], 8)}, b"\0" * 16), "there is no tensor"
@@ -330,7 +338,7 @@ def test_a_safetensors_file_that_ends_anywhere(tmp_path: Path) -> None:
     whole = two()
     for size in range(len(whole)):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(BadFileError, match="its header claims|is at byte|not valid JSON"):
+        with pytest.raises(BadFileError, match=r"its header claims|is at byte|not valid JSON"):
             read_safetensors(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     assert [tensor.read().shape for tensor in read_safetensors(tmp_path).values()] == [(2,), (2,)]
@@ -471,7 +479,7 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
     write_directory(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     assert_refused(tmp_path, f"{name} may run code when it is read, so it never is; take or make model.safetensors")
-    with pytest.raises(BadFileError, match="it must be a .gguf file, or a directory with config.json"):
+    with pytest.raises(BadFileError, match=r"it must be a \.gguf file, or a directory with config"):
         load_weights(tmp_path / name)
     (tmp_path / name).unlink()
     assert_refused(tmp_path, "there is no model.safetensors; take or make model.safetensors")
@@ -479,8 +487,6 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
 def test_what_is_no_file(name: str, tmp_path: Path) -> None:
-    import os
-
     write_directory(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)  # which would be waited for
@@ -495,8 +501,8 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "empty": (b"", r"config\.json is not valid JSON"),
     "a list": (b"[]", r"config\.json is not a JSON object"),
     "not UTF-8": (b'{"model_type": "\xff"}', r"config\.json is not valid JSON"),
-    "deep": (b'{"a":' * 10**6, r"config\.json is not valid JSON: .*recursion"),
-    "deep lists": (b'{"a":' + b"[" * 10**6, r"config\.json is not valid JSON: .*recursion"),
+    "deep": (b'{"a":' * 10**5, r"config\.json is not valid JSON: .*recursion"),
+    "deep lists": (b'{"a":' + b"[" * 10**5, r"config\.json is not valid JSON: .*recursion"),
     "1 MB": (b" " * 2**20 + b"{}", r"config\.json is larger than 1048576 bytes"),
     "a key twice": (b'{"model_type": "llama", "model_type": "llama"}', "a key occurs twice"),
     "NaN": (b'{"model_type": "llama", "rope_theta": NaN}', "NaN is no JSON"),
@@ -504,7 +510,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "a number of 5000 digits": (b'{"model_type": "llama", "vocab_size": ' + b"9" * 5000 + b"}", "is not valid JSON"),
     "an unknown model_type": ({"model_type": "lama"}, "model_type 'lama' is not implemented; did you mean llama"),
     "a model_type that is a list": ({"model_type": ["llama"]}, "model_type .* is not implemented"),
-    "a model_type of 1 MB": ({"model_type": "llama" * 200_000}, "model_type .* is not implemented"),
+    "a model_type of 1 MB": ({"model_type": "llama" * 150_000}, "model_type .* is not implemented"),
     "an unknown architecture": ({"architectures": ["LlamaForEvil"]}, "architectures .*LlamaForEvil"),
     "a quantised model": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not implemented"),
     "10^6 layers": ({"num_hidden_layers": 10**6}, "n_layers is 1000000: it must be between 1 and 1000"),
@@ -528,7 +534,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
         f"rope_theta is {value!r}": ({"rope_theta": value}, "rope_theta|wrong kind")
         for value in (0, -1.0, 1e300, 10**4000, "x", [], {"a": 1})
     },
-    "rope_theta is infinite": (b'{"rope_theta": 1e999, ' + json.dumps(LLAMA)[1:-1].replace('"rope_theta": 10000.0,', "").encode() + b"}", "rope_theta"),
+    "rope_theta is infinite": (json.dumps(LLAMA).replace("10000.0", "1e999").encode(), "rope_theta"),
     **{
         f"the scaling {scaling}": ({"rope_scaling": scaling}, message)
         for scaling, message in (
@@ -551,7 +557,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "an activation that is a list": ({"hidden_act": ["silu"]}, "hidden_act|kind"),
     "an epsilon that is text": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps|norm_epsilon|kind"),
     "ties that are text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
-    "biases that are not there": ({"attention_bias": True}, r"there is no tensor model.layers.0.self_attn.\w_proj.bias"),
+    "biases that are not there": ({"attention_bias": True}, r"there is no tensor model.layers.0.self_attn..*bias"),
 }  # fmt: skip
 
 
@@ -603,7 +609,7 @@ SAMPLE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "GGUF cut off": ("m.gguf", lambda raw: raw[: len(raw) // 2], "does not fit into the file"),
     "GGUF not finite": ("m.gguf", lambda raw: raw[:-1100] + b"\xff\x7f" * 500 + raw[-100:], "is not finite"),
     "a name that clears the terminal": (
-        "m.gguf", lambda raw: raw.replace(b"blk.1.ffn_up.weight", b"\x1b[2J.ffn_up.weight\n"), "no tensor blk.1.ffn_up.weight"
+        "m.gguf", lambda raw: raw.replace(text("llama"), text("\x1b[2J\n"), 1), r"general\.architecture '\\x1b"
     ),
     "safetensors cut off": ("hf/model.safetensors", lambda raw: raw[:-1], "the end is at byte"),
     "safetensors of 2^60": ("hf/model.safetensors", lambda raw: struct.pack("<Q", HUGE) + raw[8:], "its header claims"),
@@ -612,6 +618,9 @@ SAMPLE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
         "hf/config.json", lambda raw: raw.replace(b'layers": 2', b'layers": 1000000'), "n_layers is 1000000"
     ),
     "no config": ("hf/config.json", lambda raw: b"\0", r"config\.json is not valid JSON"),
+    "a family of 1 MB": (
+        "hf/config.json", lambda raw: raw.replace(b'"llama"', b'"%b"' % (b"x" * 10**6)), "model_type 'xx"
+    ),
     "another family": ("hf/config.json", lambda raw: raw.replace(b'"llama"', b'"\\u001b[2J\\n"'), "model_type"),
 }  # fmt: skip
 
@@ -629,13 +638,15 @@ def test_a_user_sees_one_line_and_status_65(case: str, with_tokenizer: Path, com
             words = ["--checkpoint", model] if verb == "generate.py" else ["verify", model]
             outcome = command(verb, *words)
             assert outcome.status == 65, outcome
-            pytest.fail if message not in outcome.error else None
-            import re
-
             assert re.search(message, outcome.error) and model in outcome.error
-            assert outcome.err.removesuffix("\n").isprintable()
+            assert outcome.err.removesuffix("\n").isprintable() and len(outcome.err) < 2100
     finally:
         path.write_bytes(whole)
+
+
+def test_a_name_cannot_control_the_terminal(command: Callable) -> None:
+    outcome = command("generate.py", "--checkpoint", "no\x1b[2Jsuch\u202emodel")
+    assert outcome.status == 65 and r"no\x1b[2Jsuch\u202emodel" in outcome.error
 
 
 def test_a_process_of_its_own_too(run_cli: Callable, with_tokenizer: Path, tmp_path: Path) -> None:
@@ -677,40 +688,30 @@ def sparse(path: Path, content: bytes) -> None:
         file.truncate(2**40)
 
 
+@pytest.mark.slow
 def test_the_worst_files_take_little_time_and_memory(tmp_path: Path) -> None:
     key = struct.Struct("<Q6sIB")
     worst: dict[str, bytes] = {
         "49 bytes": BAD_GGUF["49 bytes that claim 2^40 arrays"][0],
         "numbers": gguf_file([setting("k", array_of(1, 2**24, b"\x90" * 2**24))], []),
         "texts": gguf_file([setting("k", array_of(8, HUGE, text("\u0100") * (2**25 // 10)))], []),
-        "settings": gguf_file([key.pack(6, b"%06x" % i, 0, 200) for i in range(2**25 // key.size)], []),
-        "tensors": gguf_file([], [info("%06x" % i, (1,)) for i in range(100_000)], b"\0" * 64),
+        "settings": gguf_file([key.pack(6, b"%06d" % i, 0, 200) for i in range(100_000)], []),
+        "tensors": gguf_file([], [info(f"{i:06}", (1,)) for i in range(100_000)], b"\0" * 64),
     }
-    files = []
-    for name, content in worst.items():
-        files.append(tmp_path / f"{name}.gguf")
-        files[-1].write_bytes(content)
-    sparse(tmp_path / "sparse text.gguf", gguf_file([], [], n_settings=1)[:24] + text(b"", 2**39))
-    files.append(tmp_path / "sparse text.gguf")
-    for name, content in {
-        "dicts": safetensors_file(b'{"a":[' + b'{"":{}},' * (2**24 // 8 - 4) + b"{}]}"),
-        "names": safetensors_file(b"{%b}" % b",".join(b'"%x":{}' % i for i in range(2**24 // 12))),
-    }.items():
-        write_directory(tmp_path / name)
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-    write_directory(tmp_path / "sparse")
-    sparse(tmp_path / "sparse" / "model.safetensors", struct.pack("<Q", 2**39))
-    write_directory(tmp_path / "index")
-    (tmp_path / "index" / "model.safetensors.index.json").write_bytes(
-        b'{"a":[' + b'{"":{}},' * (2**24 // 8 - 4) + b"{}]}"
-    )
-    files += [tmp_path / name for name in ("dicts", "names", "sparse", "index")]
+    files = [tmp_path / f"{name}.gguf" for name in (*worst, "sparse")]
+    for path, content in zip(files, worst.values(), strict=False):
+        path.write_bytes(content)
+    sparse(files[-1], gguf_file([], [], n_settings=1)[:24] + text(b"", 2**39))
+    files += [write_directory(tmp_path / name) for name in ("dictionaries", "sparse")]
+    dictionaries = safetensors_file(b'{"a":[' + b'{"":{}},' * (2**24 // 8 - 4) + b"{}]}")
+    (files[-2] / "model.safetensors").write_bytes(dictionaries)
+    sparse(files[-1] / "model.safetensors", struct.pack("<Q", 2**39))
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, files)], capture_output=True, text=True, check=True, timeout=300
     ).stdout
     for line in out.splitlines():
         path, said, seconds, before, peak = json.loads(line)
-        print(f"{Path(path).name}: {seconds:.2f} s, peak {peak:.0f} MB, {before:.0f} before: {said.removeprefix(path)}")
+        print(f"{Path(path).name}: {seconds:.2f} s, peak {peak:.0f} MB, {before:.0f} before: {said}")
         assert said != "accepted"
         assert seconds < (1 if "49" in path else 20)
         assert peak < 1000
@@ -723,8 +724,8 @@ def test_the_worst_files_take_little_time_and_memory(tmp_path: Path) -> None:
 EXTREMES = (0, 1, 2, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 """What the fields of a file's numbers are set to."""
 VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 4, 8, 32, 64, 1000, 10**6, 2**31, 2**70, 0.5, 5.5, 1e-300, 1e300, "", "x", "llama",
-    "linear", "llama3", "longrope", [], {}, [[]], [1], [0.0] * 4, ["sliding_attention"], {"a": 1}, "../x.safetensors",
+    None, True, False, -1, 0, 1, 2, 3, 4, 8, 32, 64, 1000, 10**6, 2**31, 2**70, 0.5, 5.5, 1e-300, 1e300, "", "x",
+    "llama", "linear", "llama3", "longrope", [], {}, [[]], [1], [0.0] * 4, ["sliding_attention"], {"a": 1}, "../x.safetensors",
 ]  # fmt: skip
 
 
