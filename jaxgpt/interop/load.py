@@ -1,5 +1,6 @@
 """Any model that jaxgpt can read: a run directory, a Hugging Face directory, or a .gguf file."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,12 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
         model = Transformer(config, jax.random.key(0))
         return model if for_training else for_decoding(model)
 
-    parameters = load_parameters(jax.eval_shape(skeleton), replace(layout, config=config), tensors, where)
+    abstract = jax.eval_shape(skeleton)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)) / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if needed > there and jax.default_backend() == "cpu":
+        raise BadFileError(f"{where}: {needed:.0f} GiB of parameters, and {there:.0f} of memory; take a smaller model")
+    parameters = load_parameters(abstract, replace(layout, config=config), tensors, where)
     return layout.family.model_type, parameters
 
 

@@ -109,11 +109,9 @@ def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: f
             room = max_shard_bytes
         room -= size
         shards[-1].append((*tensor, size))
-    names = (
-        [_ONE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [_ONE]
     for name, shard in zip(names, shards, strict=True):
         _write_file(directory / name, shard)
     if len(shards) > 1:

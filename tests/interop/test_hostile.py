@@ -402,6 +402,23 @@ def test_a_tensor_with_and_without_the_prefix(tmp_path: Path) -> None:
     assert_refused(tmp_path, r"tensor 'h.0.ln_1.bias' is there with and without 'transformer\.'")
 
 
+def test_a_model_that_is_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = 2**24
+    header = {name: declared(list(array.shape)) for name, (_, array) in tensors().items()}
+    at = 0
+    for name in header:
+        shape = [vocabulary, 32] if header[name]["shape"][0] == 40 else header[name]["shape"]
+        header[name] = declared(shape, at)
+        at = header[name]["data_offsets"][1]
+    write_directory(tmp_path, vocab_size=vocabulary)
+    content = safetensors_file(header)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(content)
+        file.truncate(len(content) + at)  # takes no place on the disk
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**19, "SC_PAGE_SIZE": 2**12}[name])
+    assert_refused(tmp_path, "4 GiB of parameters, and 2 of memory; take a smaller model")
+
+
 # The index, and what else lies in a directory
 
 
