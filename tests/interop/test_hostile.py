@@ -45,10 +45,10 @@ def one_device_mesh(mesh_of: Callable) -> Iterator[None]:
 
 
 def assert_refused(path: Path, message: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(BadFileError, match=message) as caught:
         load_weights(path)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     said = str(caught.value)
     assert said.isprintable() and any(sign in said for sign in ("; ", ": model.", "config.json: "))
     assert str(path.parent if path.suffix == ".gguf" else path) in said
@@ -681,13 +681,13 @@ def peak():
 
 for path in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, began = peak(), time.perf_counter()
+    before, began = peak(), time.process_time()
     try:
         open_model(Path(path))
         said = "accepted"
     except BadFileError as error:
         said = str(error)[:300]
-    print(json.dumps([path, said, time.perf_counter() - began, before, peak()]))
+    print(json.dumps([path, said, time.process_time() - began, before, peak()]))
 """
 
 
@@ -723,6 +723,6 @@ def test_the_worst_files_take_little_time_and_memory(tmp_path: Path) -> None:
         path, said, seconds, before, peak = json.loads(line)
         print(f"{Path(path).name}: {seconds:.2f} s, peak {peak:.0f} MB, {before:.0f} before: {said}")
         assert said != "accepted"
-        assert seconds < (1 if "49" in path else 20)
+        assert seconds < (1 if "49" in path else 10)
         assert peak < 1000
     assert len(out.splitlines()) == len(files)
