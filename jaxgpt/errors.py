@@ -51,7 +51,7 @@ class TrainingError(JaxgptError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase `; did you mean A or B?` for a misspelt name, or nothing when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -62,8 +62,9 @@ _STORAGE_ERRNOS = {
 
 
 def note(message: str) -> None:
-    """A line for people, beside what a program prints."""
-    print(f"jaxgpt: {message}", file=sys.stderr, flush=True)
+    """A line for people, without what a file's names could make a terminal do."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())[:2000])
+    print(f"jaxgpt: {line}", file=sys.stderr, flush=True)
 
 
 def _flush_output() -> None:
@@ -98,7 +99,7 @@ def run_command(command: Callable[[list[str]], object]) -> None:
         if debug or not mistake:
             traceback.print_exc()
         if mistake:
-            note("error: " + " ".join(str(mistake).split()))
+            note(f"error: {mistake}")
         sys.exit((mistake or JaxgptError).exit_status)
 
 

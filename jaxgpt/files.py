@@ -44,7 +44,7 @@ def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> 
         raise ValueError(f"{word} is no JSON")
 
     try:
-        value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise BadFileError(f"{where} is not valid JSON: {error}; {remedy}") from None
     if not isinstance(value, dict):
@@ -54,11 +54,10 @@ def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes. Raises BadFileError as `parse_json`, or without a file."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadFileError(f"{path}: there is no such file; name a directory that has it") from None
+    if not path.is_file():  # a pipe would be waited for
+        raise BadFileError(f"{path}: there is no such file; name a directory that has it")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
     return parse_json(content, str(path))

@@ -9,6 +9,8 @@ from jaxgpt.errors import ConfigError
 
 VOCAB_MULTIPLE = 128
 """The embedding's rows are rounded up to this."""
+_MAX_LAYERS, _MAX_EXPERTS, _MAX_SIZE, _MAX_FLOAT = 1000, 1024, 2**31 - 1, 1e30
+"""What a file may claim: every layer and expert has names, which are listed; int32 and float32 must hold the rest."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,7 +36,7 @@ class Section:
             value = getattr(self, name)
             if value is not None and (not low <= value <= high or value == math.inf):
                 bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ConfigError(f"{self.section}.{name} is {value}: it must be {bound}")
+                raise ConfigError(f"{self.section}.{name} is {value!r:.50}: it must be {bound}")
 
 
 @dataclass(frozen=True)
@@ -140,16 +142,17 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(1, 2**16, "n_layers", "experts_per_token")  # what a hostile file claims must not fill the memory
-        self.within(1, 2**31, "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context_length", "vocab_size")
-        self.within(1, math.inf, "rope_original_context", "rope_theta", "local_rope_theta")
-        self.within(1e-6, math.inf, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
-        self.within(1e-6, math.inf, "query_scalar", "rope_factor")
-        self.within(0, 2**16, "n_experts")
+        self.within(1, _MAX_LAYERS, "n_layers")
+        self.within(0, _MAX_EXPERTS, "n_experts")
+        self.within(1, _MAX_SIZE, "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "experts_per_token")
+        self.within(1, _MAX_SIZE, "context_length", "vocab_size", "rope_original_context")
+        self.within(1, _MAX_FLOAT, "rope_theta", "local_rope_theta")
+        self.within(1e-6, _MAX_FLOAT, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
+        self.within(1e-6, _MAX_FLOAT, "query_scalar", "rope_factor")
         self.within(0, 1, "rope_fraction")
         self.within(0, 0.999, "dropout")
         self.within(0, 1, "norm_epsilon")
-        self.within(1e-3, math.inf, "attention_softcap", "logit_softcap")
+        self.within(1e-3, _MAX_FLOAT, "attention_softcap", "logit_softcap")
         if self.head_dim is None:
             require(
                 self.d_model % self.n_heads == 0,
@@ -166,7 +169,8 @@ class ModelConfig(Section):
             require(even, f"model.rope_fraction {self.rope_fraction} of {self.key_dim} is odd")
         if self.positions == "sinusoidal":
             require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
-        require(all(w >= 0 for w in self.windows), f"model.windows {self.windows}: sizes must be 0 or more")
+        legal = all(type(window) is int and 0 <= window <= _MAX_SIZE for window in self.windows)
+        require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         require(
             not self.n_experts or (self.experts_per_token <= self.n_experts and self.gated_mlp and not self.mlp_bias),
             f"model.n_experts {self.n_experts}: experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts",
@@ -174,6 +178,11 @@ class ModelConfig(Section):
         if self.rope_scaling == "longrope":
             sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
             require(len(sizes) == 1, f"model.rope_long_factors: longrope needs {self.rotary_dim // 2} of each")
+            legal = all(1e-6 <= factor <= 1e6 for factor in (*self.rope_short_factors, *self.rope_long_factors))
+            require(legal, "model.rope_long_factors: those of longrope must be between 1e-06 and 1e+06")
+        if self.rope_scaling == "llama3":
+            low, high = self.rope_low_frequency, self.rope_high_frequency
+            require(low < high, f"model.rope_high_frequency {high} must be above model.rope_low_frequency {low}")
 
     @property
     def kv_heads(self) -> int:

@@ -80,7 +80,7 @@ def test_every_setting_survives_json_and_is_seen_as_a_difference(key: str, value
 @settings(deadline=None)
 @given(
     st.floats(min_value=1e-30, max_value=1e308),
-    st.lists(st.integers(0, 2**40)).map(tuple),
+    st.lists(st.integers(0, 2**31 - 1)).map(tuple),
     st.text(),
     st.lists(st.text(min_size=1), min_size=1).map(tuple),
 )
@@ -158,7 +158,7 @@ ILLEGAL: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, dict(dropout=1.0), "model.dropout is 1.0: it must be between 0 and 0.999"),
     (ModelConfig, dict(dropout=NAN), "model.dropout is nan"),
     (ModelConfig, dict(norm_epsilon=-1e-5), "model.norm_epsilon is -1e-05"),
-    (ModelConfig, dict(rope_theta=INF), "model.rope_theta is inf: it must be finite and at least 1"),
+    (ModelConfig, dict(rope_theta=INF), "model.rope_theta is inf: it must be between 1 and 1e+30"),
     (ModelConfig, dict(head_dim=5, positions="rotary"), "model.head_dim 5 must be even"),
     (ModelConfig, dict(d_model=9, n_heads=3, positions="sinusoidal"), "model.d_model 9 must be even"),
     (ModelConfig, dict(attention_softcap=0.0), "_softcap is 0.0"),

@@ -1,5 +1,6 @@
 """Any model that jaxgpt can read: a run directory, a Hugging Face directory, or a .gguf file."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,12 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
         model = Transformer(config, jax.random.key(0))
         return model if for_training else for_decoding(model)
 
-    parameters = load_parameters(jax.eval_shape(skeleton), replace(layout, config=config), tensors, where)
+    abstract = jax.eval_shape(skeleton)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)) / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if needed > there and jax.default_backend() == "cpu":
+        raise BadFileError(f"{where}: {needed:.0f} GiB of parameters, and {there:.0f} of memory; take a smaller model")
+    parameters = load_parameters(abstract, replace(layout, config=config), tensors, where)
     return layout.family.model_type, parameters
 
 
@@ -72,7 +78,11 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
         return Layout(*read_gguf_config(gguf.metadata, gguf.tensors, where), gguf=True), gguf.tensors
     layout = Layout(*read_config(_read_config_json(path), str(path / "config.json")), gguf=False)
     prefix, tensors = layout.family.prefix, read_safetensors(path)
-    return layout, {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
+    named = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
+    if len(named) < len(tensors):
+        twice = next(name for name in tensors if prefix + name in tensors)
+        raise BadFileError(f"{where}: tensor {twice!r} is there with and without {prefix!r}; restore the file")
+    return layout, named
 
 
 def model_config(path: Path) -> ModelConfig:
@@ -81,7 +91,7 @@ def model_config(path: Path) -> ModelConfig:
 
 
 def _read_config_json(path: Path) -> dict[str, Any]:
-    return read_json(path / "config.json", limit=16 * 2**20)
+    return read_json(path / "config.json", limit=2**20)
 
 
 def _is_run(path: Path) -> bool:

@@ -1,24 +1,29 @@
 """Directories of .safetensors files: one, or several with an index.
 
-The `safetensors` library refuses damaged headers. What it lets pass is looked at here: a key that occurs twice, counts
-that are absurd, names in an index that leave the directory."""
+A file is the length of a header, the header in JSON, which says type, shape and place of each tensor, and the data.
+Nothing is made of what it says before it is compared with the file's size."""
 
 import json
+import math
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import parse_json, read_json, sync, write_atomically
-from jaxgpt.interop.stored import PLAIN, StoredTensor, TensorWriter, plain_reader
+from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, TensorWriter, plain_tensor
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 * 2**20, 100_000, 8
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
+_BYTES |= {"I64": 8, "U64": 8, "F64": 8}
+_MAX_HEADER, _MAX_DIMS = 2**24, 8
+"""Bytes of JSON, which may take 30 times as many in memory; the index of DeepSeek-V3 has 9 MB."""
 
 
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
@@ -26,57 +31,69 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises BadFileError for a damaged or hostile file, an index that does not agree with its files, or pickle files."""
     if not (directory / _INDEX).exists():
-        if not (directory / _ONE).exists():
+        if not (directory / _ONE).is_file():
             pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
             why = f"{pickles[0]} may run code when it is read, so it never is" if pickles else f"there is no {_ONE}"
             raise BadFileError(f"model {directory}: {why}; take or make {_ONE}")
         return _read_file(directory / _ONE)
-    index = read_json(directory / _INDEX, limit=64 * 2**20).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+    index = read_json(directory / _INDEX, limit=_MAX_HEADER).get("weight_map")
+    if not isinstance(index, dict) or len(index) > MAX_TENSORS:
         raise BadFileError(f"model {directory / _INDEX}: its weight_map is no table of names; fetch the file again")
+    listed: dict[str, set[str]] = {}
+    for tensor, file in index.items():
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            odd = f"{file!r:.99} is no .safetensors file of this directory"
+            raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch the file again")
+        listed.setdefault(file, set()).add(tensor)
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(index.values())):
-        if file != os.path.basename(file) or not file.endswith(".safetensors") or "\0" in file:
-            raise BadFileError(f"model {directory / _INDEX}: {file!r} is no .safetensors file of this directory")
+    for file, names in listed.items():
         found = _read_file(directory / file)
-        listed = {name for name, place in index.items() if place == file}
-        if listed != found.keys():
-            odd = sorted(listed ^ found.keys())[0]
-            raise BadFileError(f"model {directory}: {file} and the index disagree on tensor {odd}; fetch both again")
+        if names != found.keys():
+            odd = min(names ^ found.keys())
+            raise BadFileError(f"model {directory}: {file} and the index disagree on tensor {odd!r}; fetch both again")
         tensors |= found
     return tensors
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
-    try:
-        start, header = _header(path)
-        with safe_open(path, "numpy") as file:  # refuses overlaps, holes, wrong sizes and types
-            names = set(file.keys())
-    except FileNotFoundError:
-        raise BadFileError(f"model {path}: there is no such file; fetch it") from None
-    except SafetensorError as error:
-        raise BadFileError(f"model {path}: {' '.join(str(error).split())[:160]}; fetch the file again") from None
-    if len(names) > _MAX_TENSORS:
-        raise BadFileError(f"model {path}: {len(names)} tensors are more than {_MAX_TENSORS}")
-    tensors = {}
-    for name in names:
-        shape, kind, (begin, end) = (header[name][key] for key in ("shape", "dtype", "data_offsets"))
-        if len(shape) > _MAX_DIMS or 0 in shape:
-            raise BadFileError(f"model {path}: tensor {name!r} has the shape {shape}")
-        tensors[name] = StoredTensor(
-            tuple(shape), kind, plain_reader(path, start + begin, end - begin, tuple(shape), kind)
-        )
+    """The tensors of one file, whose data must be exactly theirs, without an overlap or a hole."""
+    where = f"model {path}"
+    if not path.is_file():
+        raise BadFileError(f"{where}: there is no such file; fetch it")
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        room = os.fstat(file.fileno()).st_size - 8 - length
+        if room < 0 or length > _MAX_HEADER:
+            raise BadFileError(f"{where}: its header claims {length} bytes; fetch the file again")
+        header = parse_json(file.read(length), f"the header of {where}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFileError(f"{where}: its __metadata__ is no table of texts; fetch the file again")
+    if len(header) > MAX_TENSORS:
+        raise BadFileError(f"{where}: {len(header)} tensors are more than {MAX_TENSORS}; take another model")
+    tensors, ranges = {}, []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+                0 < _size(kind, shape) == end - begin
+            ):
+                tensors[name] = plain_tensor(path, 8 + length + begin, tuple(shape), kind)
+                ranges.append((begin, end, f"tensor {name!r}"))
+            case _:
+                raise BadFileError(f"{where}: tensor {name!r} cannot be {entry!r:.200}; fetch the file again")
+    at = 0
+    for begin, end, name in [*sorted(ranges), (room, room, "the end")]:
+        if begin != at:
+            raise BadFileError(f"{where}: {name} is at byte {begin} of the data, not at {at}; fetch the file again")
+        at = end
     return tensors
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data begins, and the header. Raises BadFileError when it is too large or names a tensor twice."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > min(size - 8, _MAX_HEADER):
-            raise BadFileError(f"model {path}: its header claims {length} bytes; fetch the file again")
-        return 8 + length, parse_json(file.read(length), f"the header of model {path}")
+def _size(kind: str, shape: list) -> int:
+    """The bytes of a tensor; 0 when there is no such type or shape."""
+    if len(shape) > _MAX_DIMS or not all(type(n) is int and n > 0 for n in shape):
+        return 0
+    return math.prod(shape) * _BYTES.get(kind, 0)
 
 
 def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: float = 5e9) -> None:
@@ -92,11 +109,9 @@ def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: f
             room = max_shard_bytes
         room -= size
         shards[-1].append((*tensor, size))
-    names = (
-        [_ONE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [_ONE]
     for name, shard in zip(names, shards, strict=True):
         _write_file(directory / name, shard)
     if len(shards) > 1:

@@ -1,5 +1,6 @@
 """A tensor in a model file, whatever the format: known by its shape, read when it is asked for."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ import ml_dtypes
 import numpy as np
 
 PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+MAX_TENSORS = 100_000
+"""In a model's files: Qwen3-235B has 37,000, and what is known of each takes about 2 kB before anything is read."""
 TensorWriter = Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]
 """Name, row-major shape, kind, and a function that gives the array when its turn comes."""
 
@@ -23,11 +26,12 @@ class StoredTensor:
     read: Callable[[], np.ndarray]
 
 
-def plain_reader(path: Path, start: int, size: int, shape: tuple[int, ...], kind: str) -> Callable[[], np.ndarray]:
-    """Reads numbers as they are stored. Not mapped: the file's pages would count as memory beside what is made of them.
+def plain_tensor(path: Path, start: int, shape: tuple[int, ...], kind: str) -> StoredTensor:
+    """Numbers as they are stored. Not mapped: the file's pages would count as memory beside what is made of them.
 
     Raises KeyError, when it reads, for a kind that is not in PLAIN: the caller has compared kinds before."""
-    return lambda: np.fromfile(path, PLAIN[kind], size // PLAIN[kind].itemsize, offset=start).reshape(shape)
+    size = math.prod(shape)
+    return StoredTensor(shape, kind, lambda: np.fromfile(path, PLAIN[kind], size, offset=start).reshape(shape))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:

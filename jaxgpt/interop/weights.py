@@ -141,12 +141,12 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
     if unused:
-        print(f"jaxgpt: {where}: {len(unused)} tensors are computed here, such as {unused[0]}", file=sys.stderr)
-    unknown = [name for name in left if name not in unused and (not layout.gguf or name != "rope_freqs.weight")]
+        print(f"jaxgpt: {where}: {len(unused)} tensors are computed here, such as {unused[0]!r}", file=sys.stderr)
+    unknown = left.keys() - {*unused, *["rope_freqs.weight"] * layout.gguf}
     if unknown:
         raise BadFileError(
-            f"{where}: {len(unknown)} tensors are unknown to {layout.family.model_type}, such as {unknown[0]}; this "
-            f"model has parts that are not implemented"
+            f"{where}: {len(unknown)} tensors are unknown to {layout.family.model_type}, such as {min(unknown)!r}; "
+            f"this model has parts that are not implemented"
         )
 
 
