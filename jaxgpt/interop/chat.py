@@ -30,9 +30,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more
     disguise = dict(zip(sorted({name[0] for name in special}), unused, strict=False))
     hide = lambda text: re.sub(f"(?={spelling}).", lambda found: disguise[found[0]], text, flags=re.DOTALL)  # noqa: E731
     hidden = [{key: hide(text) for key, text in message.items()} for message in messages]
-    own_bos = tokenizer.bos_ids or tokenizer.bos_id != tokenizer.eos_id  # without one, the end's stands in for it
-    bos = tokenizer.pieces[tokenizer.bos_id] if own_bos and tokenizer.bos_id >= 0 else ""
-    eos = tokenizer.pieces[tokenizer.eos_id] if tokenizer.eos_id >= 0 else ""
+    bos, eos = tokenizer.pieces[tokenizer.bos_id], tokenizer.pieces[tokenizer.eos_id]
+    bos = bos if tokenizer.bos_ids or bos != eos else ""  # without one, the end's stands in for it
     where = f"chat template of {tokenizer.where.removeprefix('tokenizer ')}"
     rendered = render(template, hidden, bos_token=bos, eos_token=eos, where=where, **more)
     ids, parts = tokenizer.encode(rendered, allow_special=True), re.split(f"({spelling})", rendered)

@@ -79,22 +79,21 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> Json:
     missing = vocab_size - tokenizer.vocab_size
     pieces = [piece or f"[unused{i}]" for i, piece in enumerate(tokenizer.pieces + [""] * missing)]
     own = _gguf_model(tokenizer, pieces, tokenizer.kinds + [Kind.UNUSED] * missing)
-    own["add_bos_token"] = bool(tokenizer.bos_ids)
-    named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    named |= dict(zip(("eot", "eom"), tokenizer.end_ids[1:], strict=False))
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    ids |= dict(zip(("eot", "eom"), tokenizer.end_ids[1:], strict=False))
     if len(tokenizer.end_ids) > 3:
         print(f"jaxgpt: GGUF keeps 3 of {len(tokenizer.end_ids)} tokens that end a text", file=sys.stderr)
-    own |= {f"{name}_token_id": token for name, token in named.items() if token >= 0}
+    own |= {"add_bos_token": bool(tokenizer.bos_ids), **{f"{name}_token_id": token for name, token in ids.items()}}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    if not _alike(tokenizer, from_gguf(metadata, tokenizer.where)):
-        raise _inexact(tokenizer)
+    try:
+        alike = _alike(tokenizer, from_gguf(metadata, tokenizer.where))
+    except BadFileError:  # no name for it is known here
+        alike = False
+    if not alike:
+        raise ConfigError(f"{tokenizer.where}: GGUF has no name for how it cuts a text; use --to hf")
     return metadata
-
-
-def _inexact(tokenizer: Tokenizer) -> ConfigError:
-    return ConfigError(f"{tokenizer.where}: GGUF has no name for how it cuts a text; use --to hf")
 
 
 def _alike(tokenizer: Tokenizer, written: Tokenizer) -> bool:
@@ -103,34 +102,26 @@ def _alike(tokenizer: Tokenizer, written: Tokenizer) -> bool:
 
 
 def _gguf_model(tokenizer: Tokenizer, pieces: list[str], kinds: list[int]) -> Json:
-    """Pieces of these kinds, and what merges them."""
-    if isinstance(tokenizer, JsonTokenizer):
+    """Pieces of these kinds, and what makes them of a text."""
+    own: Json = {"model": "llama", "pre": "default", "add_space_prefix": bool(tokenizer.prefix)}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        own["model"] = "t5" if tokenizer.unigram else "llama"
+        scores = dict(zip(tokenizer.pieces, tokenizer.scores, strict=True))
+    else:
+        assert isinstance(tokenizer, JsonTokenizer)
         parsed = tokenizer.parsed()
         merges, unknown = parsed["model"].get("merges", []), parsed["model"].get("unk_token")
         if tokenizer.byte_level:
             pre = next((name for name, cutting in CUTTINGS.items() if cutting == _cutting(parsed)), None)
-            if pre is None:
-                raise _inexact(tokenizer)
-            joined = [" ".join(merge) for merge in merges]
-            return {"model": "gpt2", "pre": pre, "tokens": pieces, "token_type": kinds, "merges": joined}
-        if unknown not in pieces:
-            raise _inexact(tokenizer)
-        kinds[pieces.index(unknown)] = Kind.UNKNOWN
+            own = {"model": "gpt2", "pre": pre, "merges": [" ".join(merge) for merge in merges]}
+            return own | {"tokens": pieces, "token_type": kinds}
+        kinds = [Kind.UNKNOWN if piece == unknown else kind for piece, kind in zip(pieces, kinds, strict=True)]
         # SentencePiece merges the two whose piece has the best score: the place of its merges.
         scores = {left + right: -float(place) for place, (left, right) in enumerate(merges)}
-    elif isinstance(tokenizer, SentencePieceTokenizer):
-        if tokenizer.unigram:
-            raise _inexact(tokenizer)
-        scores = dict(zip(tokenizer.pieces, tokenizer.scores, strict=True))
-    return {
-        "model": "llama",
-        "pre": "default",
-        "tokens": [_written(piece, kind) for piece, kind in zip(pieces, kinds, strict=True)],
-        "token_type": kinds,
-        "scores": [scores.get(piece, _UNLIKELY) for piece in pieces],
-        "add_space_prefix": bool(tokenizer.prefix),
-        "unknown_token_id": kinds.index(Kind.UNKNOWN),
-    }
+    if Kind.UNKNOWN in kinds:
+        own["unknown_token_id"] = kinds.index(Kind.UNKNOWN)
+    tokens = [_written(piece, kind) for piece, kind in zip(pieces, kinds, strict=True)]
+    return own | {"tokens": tokens, "token_type": kinds, "scores": [scores.get(piece, _UNLIKELY) for piece in pieces]}
 
 
 def _cutting(parsed: Json) -> Cutting:
@@ -161,30 +152,22 @@ def _json_of(tokenizer: SentencePieceTokenizer) -> bytes:
     """The tokenizer.json that cuts every text as a SentencePiece model does.
 
     But U+2581 in a text is a space, and of two ways that a unigram model likes equally it may take the other."""
-    kinds, scores = tokenizer.kinds, tokenizer.scores
-    pieces = [_written(piece, kind) for piece, kind in zip(tokenizer.pieces, kinds, strict=True)]
-    ids, unknown = {piece: i for i, piece in enumerate(pieces)}, kinds.index(Kind.UNKNOWN)
+    pieces = [_written(piece, kind) for piece, kind in zip(tokenizer.pieces, tokenizer.kinds, strict=True)]
+    ids, unknown = {piece: i for i, piece in enumerate(pieces)}, tokenizer.kinds.index(Kind.UNKNOWN)
     if tokenizer.unigram:  # the library would find control and byte pieces in a text, were they not so unlikely
-        likely = [
-            score if kind in (Kind.NORMAL, Kind.USER_DEFINED) else -1e9
-            for score, kind in zip(scores, kinds, strict=True)
-        ]
-        model: Json = {"type": "Unigram", "vocab": list(zip(pieces, likely, strict=True)), "unk_id": unknown}
+        scored = zip(pieces, tokenizer.scores, tokenizer.kinds, strict=True)
+        vocab = [(p, score if kind in (Kind.NORMAL, Kind.USER_DEFINED) else -1e9) for p, score, kind in scored]
+        model: Json = {"type": "Unigram", "vocab": vocab, "unk_id": unknown}
     else:
-        model = {
-            "type": "BPE",
-            "vocab": ids,
-            "merges": _merges(tokenizer),
-            "unk_token": pieces[unknown],
-            "fuse_unk": True,
-        }
+        model = {"type": "BPE", "vocab": ids, "unk_token": pieces[unknown], "fuse_unk": True}
+        model["merges"] = _merges(tokenizer)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.prefix else []
     return tokenizer_json(
         ids,
-        dict(zip(pieces, kinds, strict=True)),
+        dict(zip(pieces, tokenizer.kinds, strict=True)),
         pieces[tokenizer.bos_id] if tokenizer.bos_ids else None,
         model | {"byte_fallback": True},
         normalizer={"type": "Sequence", "normalizers": [*prefix, spaces]},

@@ -145,11 +145,10 @@ class Tokenizer(ABC):
 
     def settings(self) -> Settings:
         """What `_take` needs to make the same tokenizer of the same model, and the class that transformers needs."""
-        named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        found: Settings = {key: self.pieces[token] for key, token in named.items() if token >= 0}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        found: Settings = {key: self.pieces[token] for key, token in ids.items()}
         found |= {"add_bos_token": bool(self.bos_ids), "end_tokens": [self.pieces[token] for token in self.end_ids]}
-        found |= {"chat_template": self.chat_template} if self.chat_template else {}
-        return found | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        return found | {"chat_template": self.chat_template, "tokenizer_class": "PreTrainedTokenizerFast"}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model file so that a reader sees all of it or nothing."""
