@@ -230,7 +230,7 @@ def test_tokenize_shows_pieces_ids_and_bytes(command: Callable[..., Any], finish
     shown = rows(outcome.out)
     assert b"".join(raw for _, _, raw in shown) == text.encode()
     assert [token for _, token, _ in shown] == tokenizer.encode(text)
-    assert [piece.encode() for piece, _, _ in shown] == [repr(tokenizer.piece(t))[1:-1].encode() for _, t, _ in shown]
+    assert [piece.encode() for piece, _, _ in shown] == [repr(tokenizer.pieces[t])[1:-1].encode() for _, t, _ in shown]
     assert not {token for _, token, _ in shown} & set(tokenizer.special_tokens.values()), "a special token was forged"
     size = len(text.encode())
     assert outcome.out.endswith(f"\n{len(shown)} tokens, {size} bytes, {size / len(shown):.2f} bytes per token\n")

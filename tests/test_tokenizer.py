@@ -55,7 +55,7 @@ def test_text_survives_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True, sampling_alpha=0.3)) == text
     assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
-    assert tokenizer.encode_batch([text, "x", text], threads=2) == [tokenizer.encode(t) for t in (text, "x", text)]
+    assert tokenizer.encode_batch([text, "x", text]) == [tokenizer.encode(t) for t in (text, "x", text)]
 
 
 @settings(max_examples=200, deadline=None, database=None)

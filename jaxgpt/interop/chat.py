@@ -21,7 +21,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more
     nobody can write a turn of another role. The template then sees another character for the first of the spelling,
     and text after a special token begins with a space where the tokenizer puts one before every text.
     Raises ConfigError for a model without a template, else what `render` raises."""
-    template, special = tokenizer.chat_template, {name: i for name, i in tokenizer.special_tokens.items() if name}
+    template, special = tokenizer.chat_template, tokenizer.special_tokens
     if not template:
         raise ConfigError(f"{tokenizer.where}: there is no chat template, so it cannot chat; use generate.py")
     spelling = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
@@ -30,9 +30,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more
     disguise = dict(zip(sorted({name[0] for name in special}), unused, strict=False))
     hide = lambda text: re.sub(f"(?={spelling}).", lambda found: disguise[found[0]], text, flags=re.DOTALL)  # noqa: E731
     hidden = [{key: hide(text) for key, text in message.items()} for message in messages]
-    own_bos = tokenizer.bos_ids or tokenizer.bos_id != tokenizer.eos_id  # without one, the end's stands in for it
-    bos = tokenizer.piece(tokenizer.bos_id) if own_bos and tokenizer.bos_id >= 0 else ""
-    eos = tokenizer.piece(tokenizer.eos_id) if tokenizer.eos_id >= 0 else ""
+    bos, eos = tokenizer.pieces[tokenizer.bos_id], tokenizer.pieces[tokenizer.eos_id]
+    bos = bos if tokenizer.bos_ids or bos != eos else ""  # without one, the end's stands in for it
     where = f"chat template of {tokenizer.where.removeprefix('tokenizer ')}"
     rendered = render(template, hidden, bos_token=bos, eos_token=eos, where=where, **more)
     ids, parts = tokenizer.encode(rendered, allow_special=True), re.split(f"({spelling})", rendered)

@@ -7,6 +7,7 @@ JAX nor jaxgpt, which need not be importable there."""
 import contextlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,21 +20,12 @@ CPU_SECONDS, SECONDS, MEMORY = 2, 5, 512 * 2**20
 """Computing time, time by the clock, and address space in bytes (of which Python takes 30 MB)."""
 
 
-def render(
-    template: str,
-    messages: Sequence[dict[str, str]],
-    *,
-    bos_token: str,
-    eos_token: str,
-    add_generation_prompt: bool = True,
-    where: str = "chat template",
-    **more: Any,
-) -> str:
+def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "chat template", **more: Any) -> str:
     """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` makes it.
 
-    messages are {"role": ..., "content": ...}; `more` is what else the template sees, of JSON's types; `where` names it
-    in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time, memory or room, and
-    ConfigError when it refuses the conversation, as one whose roles do not alternate."""
+    messages are {"role": ..., "content": ...}; `more` is what else the template sees, such as bos_token, of JSON's
+    types; `where` names it in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time,
+    memory or room, and ConfigError when it refuses the conversation, as one whose roles do not alternate."""
     from jaxgpt.errors import BadFileError, ConfigError  # here, since the process below runs this file alone
 
     def bad(why: str) -> BadFileError:
@@ -41,8 +33,7 @@ def render(
 
     if len(template) > MAX_TEMPLATE:
         raise bad(f"it has {len(template)} characters, more than {MAX_TEMPLATE}")
-    context: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, **more}
-    context |= {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": add_generation_prompt}
+    context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **more}
     request = json.dumps({"path": sys.path, "template": template, "context": context}).encode()
     command = [sys.executable, "-I", "-S", __file__]
     try:
@@ -76,25 +67,15 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
     import datetime
 
     import jinja2.debug  # noqa: F401  (what an error in a template needs)
-    from jinja2 import TemplateError, TemplateSyntaxError, nodes, parser
-    from jinja2.ext import Extension, loopcontrols
+    from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Refusal(TemplateError): ...
 
-    class Generation(Extension):
-        """{% generation %} marks what the model says, for training; here its body is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: parser.Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
     def raise_exception(message: object) -> None:
         raise Refusal(str(message)[:1000])
 
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     # Jinja's own filter escapes what HTML would.
     jinja.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
@@ -103,6 +84,8 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
     jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     # Jinja imports some modules, and Python this codec, when a template asks for them: nothing can be opened then.
     jinja.from_string("{{ '1'|pprint|wordwrap(9) }}{{ lipsum(1) }}{{ strftime_now('%Z') }}").render()
+    # What {% generation %} marks, what the model says, matters to training: here it is a block like any other.
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
     _limit()
     text = io.StringIO()
     try:

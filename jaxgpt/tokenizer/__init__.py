@@ -35,24 +35,24 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise BadFileError(f"{where} is larger than {MAX_BYTES} bytes; restore the file")
-        content = gpt2_json(path) if path.name == "vocab.json" else path.read_bytes()
+        with reading(where):
+            content = gpt2_json(path) if path.name == "vocab.json" else path.read_bytes()
+            of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+            return of_kind(content, where, _read_settings(path.parent))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise BadFileError(f"{where}: there is no such file; check tokenizer.path") from None
-    with reading(where):
-        of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-        return of_kind(content, where, _read_settings(path.parent))
 
 
 def _read_settings(directory: Path) -> Settings:
     """The settings beside a tokenizer: tokenizer_config.json, chat_template.jinja, config.json."""
-    found: Settings = {}
-    if (path := directory / "tokenizer_config.json").exists():
-        found = read_json(path, limit=64 * 2**20)
+
+    def read(name: str) -> Settings:
+        path = directory / name
+        return read_json(path, limit=64 * 2**20) if path.exists() else {}
+
+    found = read("tokenizer_config.json")
     if (path := directory / "chat_template.jinja").exists():
         found["chat_template"] = path.read_bytes()[:MAX_BYTES].decode(errors="replace")
-    for name in ("generation_config.json", "config.json"):  # the second where there is no first
-        if (path := directory / name).exists():
-            ends = read_json(path, limit=2**20).get("eos_token_id", [])
-            found["end_tokens"] = [*found.get("end_tokens", []), *(ends if isinstance(ends, list) else [ends])]
-            break
+    ends = (read("generation_config.json") or read("config.json")).get("eos_token_id", [])
+    found["end_tokens"] = [*found.get("end_tokens", []), *(ends if isinstance(ends, list) else [ends])]
     return found

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +15,110 @@ from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import write_atomically
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 Settings = dict[str, Any]
 """The keys of Hugging Face's tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token, chat_template; and
 `end_tokens`, all that end a text."""
 
 
+class Kind:
+    """What a piece is, numbered as in SentencePiece and GGUF."""
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+def spelt(piece: str, kind: int) -> bytes:
+    """The bytes of a piece such as `▁return` or `<0x0A>`."""
+    return BYTE_PIECES[piece] if kind == Kind.BYTE else piece.replace(SPACE, " ").encode()
+
+
 class Tokenizer(ABC):
     """One interface for all kinds.
 
-    vocab_size counts all ids; token_bytes[id] is what the id adds to the text (b"" for special tokens); special_tokens
-    maps each control symbol to its id; sha256 identifies the model. bos_ids is what begins a text (nothing for some),
-    end_ids whatever ends one; chat_template is Jinja's source, if there is one."""
+    vocab_size counts all ids; pieces[id] is how the model writes an id, such as `▁return`, `<0x0A>` or `<s>`, kinds[id]
+    what it is, token_bytes[id] what it adds to the text (b"" for special tokens); special_tokens maps each control
+    symbol to its id; sha256 identifies the model. bos_ids is what begins a text (nothing for some), end_ids whatever
+    ends one; chat_template is Jinja's source, if there is one."""
 
     file_name: str
+    byte_level = False
+    """Whether pieces are in byte-level BPE's alphabet of bytes."""
     bos_id: int
     eos_id: int
     pad_id: int
     bos_ids: list[int]
 
     def __init__(
-        self, model_bytes: bytes, where: str, pieces: list[str], token_bytes: list[bytes], special: Iterable[int]
+        self, model_bytes: bytes, where: str, pieces: list[str], kinds: list[int], spell: Callable[[str, int], bytes]
     ) -> None:
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.where = where
         self.vocab_size = len(pieces)
-        self.token_bytes = token_bytes
-        self._pieces = pieces
+        self.pieces, self.kinds = pieces, kinds
+        of_kind, silent = list(zip(pieces, kinds, strict=True)), (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
+        self.token_bytes = [b"" if kind in silent else spell(piece, kind) for piece, kind in of_kind]
+        self.special_tokens = {piece: i for i, (piece, kind) in enumerate(of_kind) if piece and kind == Kind.CONTROL}
         self._ids = {piece: i for i, piece in enumerate(pieces)}
-        self.special_tokens = {pieces[i]: i for i in sorted(special)}
-        names = [f"<0x{byte:02X}>" for byte in range(256)]
-        self.byte_ids = [self._ids[name] for name in names if name in self._ids]
-        self._spells_space = len(self.byte_ids) == 256  # U+2581 by its bytes: as a piece it would come back as a space
+        self.spells_all = kinds.count(Kind.BYTE) == 256
+        # What the model is not asked about: U+2581 is spelt by its bytes, as a piece it would come back as a space.
+        self._spelt = {SPACE: [self._ids[f"<0x{byte:02X}>"] for byte in SPACE.encode()]} if self.spells_all else {}
+        self._spelt_or_special = self._spelt | {name: [token] for name, token in self.special_tokens.items()}
         self.prefix = self._dummy = ""  # what a whole text loses when decoded, and gets here before it is encoded
 
     @abstractmethod
-    def _encode_part(self, text: str, alpha: float) -> list[int]: ...
+    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]: ...
 
-    @abstractmethod
-    def _encode_many(self, texts: list[str], threads: int | None) -> list[list[int]]: ...
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allow_special: bool = False,
+        sampling_alpha: float = 0.0,
+    ) -> list[int]:
+        """The ids of `text`.
 
-    def _encode_plain(self, text: str, alpha: float = 0.0, *, first: bool = True) -> list[int]:
-        whole = self._dummy + text if first and text else text
+        allow_special reads the text of a special token as that token: only for text that the program itself wrote.
+        sampling_alpha > 0 draws a random segmentation (BPE dropout, or unigram sampling with that temperature).
+        Raises ConfigError for a lone surrogate."""
+        _refuse_surrogates(text)
+        known = self._spelt_or_special if allow_special else self._spelt
+        longest_first = sorted(map(re.escape, known), key=len, reverse=True)
         ids: list[int] = []
-        try:
-            for i, part in enumerate(whole.split(SPACE) if self._spells_space else [whole]):
-                ids += [self.byte_ids[byte] for byte in SPACE.encode()] if i else []
-                ids += self._encode_part(part, alpha)
-        except (RuntimeError, TypeError, UnicodeEncodeError):
-            raise surrogate_error(text) from None
-        return ids
+        for part in re.split(f"({'|'.join(longest_first)})", text) if known else [text]:
+            if part in known:
+                ids += known[part]
+            elif part:
+                ids += self._cut([part if ids else self._dummy + part], allow_special, sampling_alpha)[0]
+        return [*(self.bos_ids if bos else []), *ids, *([self.eos_id] if eos else [])]
 
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text, on all cores unless `threads` says otherwise."""
-        odd = [self._spells_space and SPACE in text for text in texts]
-        try:
-            plain = ["" if o or not text else self._dummy + text for text, o in zip(texts, odd, strict=True)]
-            found = self._encode_many(plain, threads)
-        except (RuntimeError, TypeError):  # a lone surrogate: the slow way names its place
-            return [self._encode_plain(text) for text in texts]
-        return [self._encode_plain(text) if o else ids for text, ids, o in zip(texts, found, odd, strict=True)]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        for text in texts:
+            _refuse_surrogates(text)
+        found = self._cut([text and self._dummy + text for text in texts], False, 0.0)
+        return [self.encode(t) if SPACE in t and self._spelt else ids for t, ids in zip(texts, found, strict=True)]
+
+    def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
+        """The bytes of `ids`, which may go on a text; special tokens are written out only when asked.
+
+        Raises ConfigError for an unknown id."""
+        parts = []
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(f"token id {token}: it must be between 0 and {self.vocab_size - 1}, the vocabulary")
+            parts.append(self.token_bytes[token] or (self.pieces[token].encode() if special else b""))
+        return b"".join(parts)
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The whole text that `ids` encode, without a dummy prefix; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self.prefix)
+
+    def rows(self, text: str) -> list[tuple[str, int, bytes]]:
+        """(piece, id, bytes) of each token of `text`, for people to look at."""
+        return [(self.pieces[token], token, self.token_bytes[token]) for token in self.encode(text)]
 
     def _take(self, settings: Settings) -> None:
         """Let the settings that stand beside a model decide what begins and ends a text."""
@@ -100,11 +144,11 @@ class Tokenizer(ABC):
         return token
 
     def settings(self) -> Settings:
-        """What `_take` needs to make the same tokenizer of the same model."""
-        name = lambda token: self._pieces[token] if token >= 0 else None  # noqa: E731
-        found: Settings = {"bos_token": name(self.bos_id), "eos_token": name(self.eos_id)}
-        found |= {"pad_token": name(self.pad_id), "add_bos_token": bool(self.bos_ids)}
-        return found | {"end_tokens": [name(token) for token in self.end_ids], "chat_template": self.chat_template}
+        """What `_take` needs to make the same tokenizer of the same model, and the class that transformers needs."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        found: Settings = {key: self.pieces[token] for key, token in ids.items()}
+        found |= {"add_bos_token": bool(self.bos_ids), "end_tokens": [self.pieces[token] for token in self.end_ids]}
+        return found | {"chat_template": self.chat_template, "tokenizer_class": "PreTrainedTokenizerFast"}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model file so that a reader sees all of it or nothing."""
@@ -116,59 +160,13 @@ class Tokenizer(ABC):
         content = json.dumps(self.settings(), indent=2, ensure_ascii=False)
         write_atomically(directory / "tokenizer_config.json", content.encode() + b"\n")
 
-    def encode(
-        self,
-        text: str,
-        *,
-        bos: bool = False,
-        eos: bool = False,
-        allow_special: bool = False,
-        sampling_alpha: float = 0.0,
-    ) -> list[int]:
-        """The ids of `text`.
 
-        allow_special reads the text of a special token as that token: only for text that the program itself wrote.
-        sampling_alpha > 0 draws a random segmentation (BPE dropout, or unigram sampling with that temperature).
-        Raises ConfigError for a lone surrogate."""
-        ids = list(self.bos_ids) if bos else []
-        ids += self._encode_special(text) if allow_special else self._encode_plain(text, sampling_alpha)
-        return [*ids, self.eos_id] if eos else ids
-
-    def _encode_special(self, text: str) -> list[int]:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text):
-            if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
-            elif part:
-                ids += self._encode_plain(part, first=not ids)
-        return ids
-
-    def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
-        """The bytes of `ids`, which may go on a text; special tokens are written out only when asked.
-
-        Raises ConfigError for an unknown id."""
-        return b"".join(self._piece_bytes(int(token), special) for token in ids)
-
-    def _piece_bytes(self, token: int, special: bool) -> bytes:
-        if not 0 <= token < self.vocab_size:
-            raise ConfigError(f"token id {token}: it must be between 0 and {self.vocab_size - 1}, the vocabulary")
-        if special and not self.token_bytes[token]:
-            return self._pieces[token].encode()
-        return self.token_bytes[token]
-
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The whole text that `ids` encode, without a dummy prefix; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self.prefix)
-
-    def piece(self, token: int) -> str:
-        """How the model writes one id, such as `▁return`, `<0x0A>` or `<s>`."""
-        self._piece_bytes(token, False)
-        return self._pieces[token]
-
-    def rows(self, text: str) -> list[tuple[str, int, bytes]]:
-        """(piece, id, bytes) of each token of `text`, for people to look at."""
-        return [(self._pieces[token], token, self.token_bytes[token]) for token in self.encode(text)]
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"text at character {error.start}: {text[error.start]!a} is a lone surrogate, which is not Unicode text"
+        raise ConfigError(f"{what}; remove it or decode the text properly") from None
 
 
 @contextlib.contextmanager
@@ -180,30 +178,17 @@ def reading(where: str) -> Iterator[None]:
         raise BadFileError(f"{where} is damaged ({type(error).__name__}: {error}); restore the file") from error
 
 
-def spelt(piece: str) -> bytes:
-    """The bytes of a piece such as `▁return` or `<0x0A>`."""
-    is_byte = len(piece) == 6 and re.fullmatch("<0x[0-9A-F]{2}>", piece)
-    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
-
-
 class StreamDecoder:
     """Ids one at a time to text, never splitting a character: its bytes are held back until all are there."""
 
-    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text that becomes complete with `token`, possibly none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token], special=self._special))
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
-
-
-def surrogate_error(text: str) -> ConfigError:
-    at = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), 0)
-    what = f"text at character {at}: {text[at : at + 1]!a} is a lone surrogate, which is not Unicode text"
-    return ConfigError(f"{what}; remove it or decode the text properly")

@@ -2,15 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import read_json
-from jaxgpt.tokenizer.base import Settings, Tokenizer, spelt, surrogate_error
+from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer, spelt
 
 MAX_BYTES = 256 * 2**20
 
@@ -35,28 +34,24 @@ class JsonTokenizer(Tokenizer):
             raise BadFileError(f"{where}: {kind} with ids up to {size} is not implemented; only BPE and Unigram are")
         if kind == "BPE":
             self._model.model.dropout = None
-        pieces = [""] * size
+        self.byte_level = "ByteLevel" in repr(self._model.decoder)
+        pieces, kinds = [""] * size, [Kind.UNUSED] * size
         for piece, token in vocabulary.items():
             pieces[token] = piece
-        added = self._model.get_added_tokens_decoder()
-        special = {token for token, piece in added.items() if piece.special}
-        self.byte_level = "ByteLevel" in repr(self._model.decoder)
-        read = _from_alphabet if self.byte_level else spelt
-        token_bytes = [
-            b"" if i in special else piece.encode() if i in added and self.byte_level else read(piece)
-            for i, piece in enumerate(pieces)
-        ]
-        super().__init__(model_bytes, where, pieces, token_bytes, special)
+            kinds[token] = Kind.BYTE if piece in BYTE_PIECES and not self.byte_level else Kind.NORMAL
+        for token, added in self._model.get_added_tokens_decoder().items():
+            kinds[token] = Kind.CONTROL if added.special else Kind.USER_DEFINED
+        super().__init__(model_bytes, where, pieces, kinds, _from_alphabet if self.byte_level else spelt)
+        self._spelt_or_special = {}  # the library finds special tokens, and what they do with spaces around them
         bytes_of_utf8 = set(range(0xF5)) - {0xC0, 0xC1} if self.byte_level else set()
-        self._missing = bytes_of_utf8 - {raw[0] for raw in token_bytes if len(raw) == 1}
+        self._missing = bytes_of_utf8 - {raw[0] for raw in self.token_bytes if len(raw) == 1}
         alone, framed = (self._model.encode("a", add_special_tokens=frame).ids for frame in (False, True))
         start = next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), 0)
         self.bos_ids = framed[:start]
         self.bos_id = self.bos_ids[0] if self.bos_ids else -1
         self.eos_id = self.pad_id = -1
-        self.prefix = " " if self.decode_bytes(alone) == b" a" else ""
-        # The library would put a dummy prefix before each part.
-        self._spells_space = self._spells_space and not self.byte_level and not self.prefix
+        if self.decode_bytes(alone) == b" a":  # the library would put the dummy prefix before each part
+            self.prefix, self._spelt = " ", {}
         self._take({k: v for k, v in (settings or {}).items() if k != "add_bos_token"})
         self._check()
         self.bos_id, self.pad_id = (self.eos_id if token < 0 else token for token in (self.bos_id, self.pad_id))
@@ -64,9 +59,9 @@ class JsonTokenizer(Tokenizer):
     def _check(self) -> None:
         if self.eos_id < 0:
             raise BadFileError(f"{self.where}: nothing ends a text; name its eos_token in tokenizer_config.json")
-        if forged := [name for name, i in self.special_tokens.items() if i in self._encode_plain(name)]:
+        if forged := [name for name, i in self.special_tokens.items() if i in self.encode(name)]:
             raise BadFileError(f"{self.where} reads {forged[0]!r} in any text as that special token; take another one")
-        if not self.byte_level and len(self.byte_ids) < 256:
+        if not self.byte_level and not self.spells_all:
             print(f"jaxgpt: {self.where}: characters that it does not know are lost", file=sys.stderr)
 
     def parsed(self) -> Settings:
@@ -74,82 +69,94 @@ class JsonTokenizer(Tokenizer):
         found: Settings = json.loads(self._model.to_str())
         return found
 
-    def _encode_part(self, text: str, alpha: float) -> list[int]:
+    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
         if alpha > 0:
             raise ConfigError(f"{self.where}: sampling_alpha is only for SentencePiece models; leave it at 0")
-        self._model.encode_special_tokens = True
-        self._report_lost(text)
-        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _encode_many(self, texts: list[str], threads: int | None) -> list[list[int]]:
-        self._model.encode_special_tokens = True
-        found = self._model.encode_batch(texts, add_special_tokens=False)  # on as many cores as the library decides
-        self._report_lost("".join(texts))
-        return [each.ids for each in found]
-
-    def _encode_special(self, text: str) -> list[int]:
-        self._model.encode_special_tokens = False
-        try:
-            self._report_lost(text)
-            ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError):
-            raise surrogate_error(text) from None
-        return ids
-
-    def _report_lost(self, text: str) -> None:
-        if self._missing and (lost := self._missing.intersection(text.encode())):
+        if self._missing and (lost := self._missing.intersection("".join(texts).encode())):
             print(f"jaxgpt: {self.where} has no token for bytes {bytes(lost).hex(' ')}: left out", file=sys.stderr)
             self._missing -= lost  # said once
+        self._model.encode_special_tokens = not special
+        found = self._model.encode_batch_fast(texts, add_special_tokens=False)  # on as many cores as the library wants
+        return [each.ids for each in found]
 
 
-def _from_alphabet(piece: str) -> bytes:
-    return b"".join(_BYTE_OF.get(character, character.encode()) for character in piece)
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+"""The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
 
 
-def _byte_alphabet() -> dict[str, bytes]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return {character: bytes([byte]) for byte, character in characters.items()}
+def _from_alphabet(piece: str, kind: int) -> bytes:
+    if kind == Kind.USER_DEFINED:
+        return piece.encode()
+    return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
 
 
-_BYTE_OF = _byte_alphabet()
+class Cutting(NamedTuple):
+    """How byte-level BPE cuts a text before the bytes of each part are merged, in the terms of tokenizer.json."""
+
+    pre_tokenizers: list[Settings]
+    normalizer: Settings | None = None
+    ignore_merges: bool = False
+
+
+def _bytes(use_regex: bool) -> Settings:
+    """Text to bytes, after it is cut at GPT-2's pattern if `use_regex`."""
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _words(digits: str) -> list[Settings]:
+    """The words of Llama 3 and Qwen 2, which differ in how many digits stay together."""
+    regex = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+"
+    )
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return [split, _bytes(use_regex=False)]
+
+
+CUTTINGS = {
+    "gpt-2": Cutting([_bytes(use_regex=True)]),
+    "smollm": Cutting([{"type": "Digits", "individual_digits": True}, _bytes(use_regex=True)]),
+    "llama-bpe": Cutting(_words(r"\p{N}{1,3}"), ignore_merges=True),
+    "qwen2": Cutting(_words(r"\p{N}"), normalizer={"type": "NFC"}),
+}
+"""By their names in GGUF's tokenizer.ggml.pre."""
 
 
 def byte_level_json(
-    tokens: dict[str, int], merges: list[Any], *, splits: Sequence[Settings] = (), words: bool = True,
-    normalizer: Settings | None = None, ignore_merges: bool = False,
-) -> Settings:  # fmt: skip
-    """A tokenizer.json of byte-level BPE.
+    ids: dict[str, int], kinds: dict[str, int], bos: str | None, merges: list[Any], cutting: Cutting
+) -> bytes:
+    """A tokenizer.json of byte-level BPE, as `tokenizer_json`; each of `merges` is two pieces with a space between."""
+    model = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": cutting.ignore_merges}
+    before, after = {"type": "Sequence", "pretokenizers": cutting.pre_tokenizers}, _bytes(use_regex=True)
+    return tokenizer_json(ids, kinds, bos, model, normalizer=cutting.normalizer, pre_tokenizer=before, decoder=after)
 
-    `splits` are the pre-tokenizers that cut a text before it becomes bytes; with `words` GPT-2's pattern does too."""
-    flags = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    pre_tokenizers = [*splits, flags | {"use_regex": words}]
-    model = {"type": "BPE", "vocab": tokens, "merges": merges, "fuse_unk": False, "byte_fallback": False}
-    return {
-        "version": "1.0", "added_tokens": [], "normalizer": normalizer, "post_processor": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
-        "decoder": flags | {"use_regex": True}, "model": model | {"ignore_merges": ignore_merges},
-    }  # fmt: skip
+
+def tokenizer_json(ids: dict[str, int], kinds: dict[str, int], bos: str | None, model: Settings, **parts: Any) -> bytes:
+    """A tokenizer.json that begins each text with `bos`. Its added tokens are the pieces that `kinds` says are special
+    or user-defined."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": token, "content": piece, "special": kinds[piece] != Kind.USER_DEFINED, **flags}
+        for piece, token in ids.items()
+        if kinds.get(piece) in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+    ]
+    if bos is not None:
+        begin = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        pair = [*begin, {"Sequence": {"id": "B", "type_id": 0}}]
+        special = {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}
+        template = {"type": "TemplateProcessing", "single": begin, "pair": pair, "special_tokens": special}
+        parts["post_processor"] = template
+    return json.dumps({"version": "1.0", "added_tokens": added, "model": model, **parts}, ensure_ascii=False).encode()
 
 
 def gpt2_json(vocab: Path) -> bytes:
     """vocab.json and merges.txt, as GPT-2 has them, in one tokenizer.json."""
-    tokens = read_json(vocab, MAX_BYTES)
+    ids = read_json(vocab, MAX_BYTES)
     try:
         lines = vocab.with_name("merges.txt").read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadFileError(f"tokenizer {vocab}: merges.txt beside it is unreadable ({error}); restore it") from None
     merges = [line for line in lines if line and not line.startswith("#version")]
-    built = byte_level_json(tokens, merges)
-    if (end := "<|endoftext|>") in tokens:
-        built["added_tokens"] = [added_token(tokens[end], end, special=True)]
-    return json.dumps(built, ensure_ascii=False).encode()
-
-
-def added_token(token: int, content: str, *, special: bool) -> Settings:
-    """An entry of `added_tokens` in tokenizer.json."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token, "content": content, **flags, "special": special}
+    return byte_level_json(ids, {"<|endoftext|>": Kind.CONTROL}, None, merges, CUTTINGS["gpt-2"])

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, spelt
 
+model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 _PROBE = f" a  b\r\n\t{SPACE}\n   \x00\ufeffe\u0301 \U0001f642</s><0x41> "
 
 
@@ -24,45 +26,34 @@ class SentencePieceTokenizer(Tokenizer):
         """Raises BadFileError when `model_bytes` is not a model that round-trips; `where` names it in the message."""
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes or b"empty")  # it logs about b""
-            pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+            proto = model_pb2.ModelProto.FromString(model_bytes)
+            pieces = [piece.piece for piece in proto.pieces]
         except (RuntimeError, UnicodeDecodeError):
             raise BadFileError(f"{where} is not a SentencePiece model; train a new one or restore the file") from None
+        super().__init__(model_bytes, where, pieces, [piece.type for piece in proto.pieces], spelt)
+        self.scores = [piece.score for piece in proto.pieces]
+        self.unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
         self._model = model
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
         self.pad_id = model.pad_id() if model.pad_id() >= 0 else self.eos_id
         self.bos_ids = [self.bos_id]
-        special = {i for i in range(len(pieces)) if model.is_control(i)}
-        silent = {i for i in range(len(pieces)) if model.is_unknown(i) or model.is_unused(i)} | special
-        token_bytes = [b"" if i in silent else spelt(piece) for i, piece in enumerate(pieces)]
-        super().__init__(model_bytes, where, pieces, token_bytes, special)
         self._take(settings or {})
         if self.decode_bytes(model.encode("a")) == b" a":
             # Every call would add the dummy prefix, also in the middle of a text that is encoded in parts.
             self.prefix = self._dummy = " "
-            self._model = _without_prefix(model_bytes)
-        if min(self.bos_id, self.eos_id) < 0 or not self._spells_space or self.decode(self.encode(_PROBE)) != _PROBE:
+            proto.normalizer_spec.add_dummy_prefix = False
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        if min(self.bos_id, self.eos_id) < 0 or not self.spells_all or self.decode(self.encode(_PROBE)) != _PROBE:
             raise BadFileError(
                 f"{where} cannot reproduce every text: it needs bos, eos, byte fallback and identity normalisation; "
                 f"leave tokenizer.path empty to train one that has them"
             )
 
-    def _encode_part(self, text: str, alpha: float) -> list[int]:
-        ids: list[int] = self._model.encode(text, enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
-        return ids
-
-    def _encode_many(self, texts: list[str], threads: int | None) -> list[list[int]]:
-        ids: list[list[int]] = self._model.encode(texts, num_threads=threads or os.cpu_count() or 1)
-        return ids
-
-
-def _without_prefix(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
-    from sentencepiece import sentencepiece_model_pb2
-
-    spm: Any = sentencepiece_model_pb2  # its classes are made when it is imported
-
-    proto = spm.ModelProto.FromString(model_bytes)
-    proto.normalizer_spec.add_dummy_prefix = False
-    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
+        options: Any = dict(enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
+        if len(texts) == 1:  # a thread would take 0.1 ms
+            return [self._model.encode(texts[0], **options)]
+        return self._model.encode(texts, num_threads=os.cpu_count() or 1, **options)
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:

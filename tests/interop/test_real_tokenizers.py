@@ -84,10 +84,10 @@ def test_a_sentencepiece_model_agrees_with_sentencepiece(number: int) -> None:
 def test_smollm2_cuts_digits_one_by_one() -> None:
     ours = open_tokenizer(real.smollm2())
     bytes_without_token = "\x04\x06\x13\x14\x16\x1d"
-    assert [ours.piece(token) for token in ours.encode("in 2024")] == ["in", "Ġ", "2", "0", "2", "4"]
+    assert [ours.pieces[token] for token in ours.encode("in 2024")] == ["in", "Ġ", "2", "0", "2", "4"]
     assert_agrees(ours, _byte_level_bpe(ours, real.smollm2()), lost=bytes_without_token)
     assert (
-        ours.bos_ids == [] and ours.piece(ours.end_ids[0]) == "<|im_end|>" and "im_start" in (ours.chat_template or "")
+        ours.bos_ids == [] and ours.pieces[ours.end_ids[0]] == "<|im_end|>" and "im_start" in (ours.chat_template or "")
     )
 
 
@@ -131,14 +131,14 @@ def test_gemma_is_rebuilt_from_its_gguf() -> None:
     ours = open_tokenizer(real.gemma3())
     oracle = tokenizers.Tokenizer.from_file(str(real.tokenizer_json("gemma3") / "tokenizer.json"))
     assert_agrees(ours, plain(oracle))
-    assert [ours.piece(token) for token in ours.bos_ids] == ["<bos>"] and ours.end_ids == (1,)
+    assert [ours.pieces[token] for token in ours.bos_ids] == ["<bos>"] and ours.end_ids == (1,)
 
 
 def test_special_tokens_are_read_only_when_they_are_allowed() -> None:
     ours = load_tokenizer(real.tokenizer_json("llama3"))
     text = "<|begin_of_text|>hi<|eot_id|>"
     assert not set(ours.encode(text)) & set(ours.special_tokens.values()) and ours.decode(ours.encode(text)) == text
-    assert [ours.piece(token) for token in ours.encode(text, allow_special=True)] == [
+    assert [ours.pieces[token] for token in ours.encode(text, allow_special=True)] == [
         "<|begin_of_text|>", "hi", "<|eot_id|>",
     ]  # fmt: skip
 

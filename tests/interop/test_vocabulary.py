@@ -17,7 +17,8 @@ from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError, JaxgptError
 from jaxgpt.interop.vocabulary import from_gguf, gguf_metadata, open_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from jaxgpt.tokenizer.bpe import added_token, byte_level_json
+from jaxgpt.tokenizer.base import Kind
+from jaxgpt.tokenizer.bpe import CUTTINGS, byte_level_json
 
 TEXTS = [
     "", " ", "   ", "a  b\n\n    c\t\t\n", "Don't SAY 31,415 things", "def f(x):\n        return x  # naïve \U0001f642",
@@ -53,9 +54,14 @@ def _byte_level(**more: Any) -> dict[str, Any]:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pairs = ["a b", "Ġ a", "ab c", "1 2", "i n", "t h", "th e", "Ċ Ċ"]
     tokens = ["<|end|>", "<think>", "<|turn|>", *alphabet, *(pair.replace(" ", "") for pair in pairs)]
-    built = byte_level_json({token: i for i, token in enumerate(tokens)}, pairs, **more)
-    built["added_tokens"] = [added_token(i, tokens[i], special=i != 1) for i in range(3)]
+    kinds = {"<|end|>": Kind.CONTROL, "<think>": Kind.USER_DEFINED, "<|turn|>": Kind.CONTROL}
+    ids, cutting = {token: i for i, token in enumerate(tokens)}, CUTTINGS["gpt-2"]._replace(**more)
+    built: dict[str, Any] = json.loads(byte_level_json(ids, kinds, None, pairs, cutting))
     return built
+
+
+def _special(token: int, name: str) -> dict[str, Any]:
+    return _byte_level()["added_tokens"][0] | {"id": token, "content": name}
 
 
 def _json(built: dict[str, Any], **settings: Any) -> JsonTokenizer:
@@ -207,9 +213,9 @@ def test_a_tokenizer_that_text_can_forge_is_refused(how: str) -> None:
         name, decoder = "</s>", {"type": "Fuse"}
         vocab = [["<unk>", 0.0], ["</s>", 0.0], *([c, -5.0] for c in "</s>ab")]
         built |= {"model": {"type": "Unigram", "vocab": vocab, "unk_id": 0}, "pre_tokenizer": None, "decoder": decoder}
-        built["added_tokens"] = [added_token(1, name, special=True)]
+        built["added_tokens"] = [_special(1, name)]
     else:
-        built["added_tokens"].append(added_token(built["model"]["vocab"][name], name, special=True))
+        built["added_tokens"].append(_special(built["model"]["vocab"][name], name))
     with pytest.raises(BadFileError, match=f"reads '{name}' in any text as that special token"):
         _json(built, eos_token=name)
 
