@@ -94,6 +94,8 @@ def test_what_is_written_is_read_back_and_read_by_the_gguf_package(kind: str, tm
     assert ours.metadata == SETTINGS
     for key, value in SETTINGS.items():
         assert theirs.fields[key].contents() == value
+    assert [type(value) for value in ours.metadata.values()] == [type(value) for value in SETTINGS.values()]
+    assert theirs.fields["llama.block_count"].types == [gguf.GGUFValueType.UINT32]  # as other readers expect
 
 
 def test_settings_of_every_type_are_read(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ BAD_GGUF: dict[str, tuple[bytes, str]] = {
     ),
     "an array of 2^60 bytes": (set_to("k", array_of(0, HUGE)), f"setting 'k': {HUGE} bytes at byte 49 pass the end"),
     "an array of 2^64 - 1 numbers": (set_to("k", array_of(10, 2**64 - 1)), "setting 'k': 147573952589676412920 bytes"),
+    "an array of 2^22 + 1 numbers": (
+        set_to("k", array_of(1, 2**22 + 1, b"\x90" * (2**22 + 1))), "setting 'k': more than 4194304 numbers and texts"
+    ),
     "an array of 2^60 texts": (set_to("k", array_of(8, HUGE)), "setting 'k': 8 bytes at byte 49 pass the end"),
     "arrays in arrays": (
         set_to("k", array_of(9, 1) + b"".join(struct.pack("<IQ", 9, 1) for _ in range(100_000))),
@@ -124,7 +127,7 @@ BAD_GGUF: dict[str, tuple[bytes, str]] = {
     "a product of 2^64": (one(shape=(2**32, 2**32)), r"'t': F32\[4294967296, 4294967296\] at offset 0 does not fit"),
     "a product of 2^256": (one(shape=(2**63,) * 4), "'t': F32.* does not fit into the file"),
     "a row that is no block": (one(shape=(1, 16), kind=8), r"tensor 't': Q8_0\[1, 16\] at offset 0 does not fit"),
-    "an offset between": (one(offset=4), r"tensor 't': F32\[2, 8\] at offset 4 does not fit"),
+    "an offset between": (one(offset=4, data=b"\0" * 128), r"tensor 't': F32\[2, 8\] at offset 4 does not fit"),
     "an offset beyond": (one(offset=64), r"tensor 't': F32\[2, 8\] at offset 64 does not fit"),
     "an offset of 2^64 - 32": (one(offset=2**64 - 32), "tensor 't': F32.* at offset 18446744073709551584 does not fit"),
     "data that is cut off": (one(data=b"\0" * 63), r"tensor 't': F32\[2, 8\] at offset 0 does not fit"),
