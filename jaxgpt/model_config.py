@@ -36,6 +36,12 @@ class Section:
                 bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise ConfigError(f"{self.section}.{name} is {value}: it must be {bound}")
 
+    def divides(self, whole: str, parts: str, remedy: str) -> None:
+        """Raise ConfigError when the field `whole` is no multiple of `parts`; None is left out."""
+        size, count = getattr(self, whole), getattr(self, parts)
+        message = f"{self.section}.{whole} {size} does not divide by {self.section}.{parts} {count}; {remedy}"
+        require(count is None or size % count == 0, message)
+
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
@@ -112,21 +118,13 @@ class ModelConfig(Section):
         self.within(1, math.inf, "rope_original_context", "experts_per_token")
         self.within(1e-6, math.inf, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
         self.within(1e-6, math.inf, "query_scalar", "rope_factor")
-        self.within(0, 2**16, "n_experts")
-        self.within(0, 1, "rope_fraction")
-        self.within(0, 0.999, "dropout")
-        self.within(0, 1, "norm_epsilon")
         self.within(1e-3, math.inf, "attention_softcap", "logit_softcap")
+        self.within(0, 1, "rope_fraction", "norm_epsilon")
+        self.within(0, 0.999, "dropout")
+        self.within(0, 2**16, "n_experts")
         if self.head_dim is None:
-            require(
-                self.d_model % self.n_heads == 0,
-                f"model.d_model {self.d_model} does not divide by model.n_heads {self.n_heads}; "
-                f"change one of them or set model.head_dim",
-            )
-        require(
-            self.n_heads % self.kv_heads == 0,
-            f"model.n_heads {self.n_heads} does not divide by model.n_kv_heads {self.n_kv_heads}",
-        )
+            self.divides("d_model", "n_heads", "change one of them or set model.head_dim")
+        self.divides("n_heads", "n_kv_heads", "change one of them")
         if self.positions == "rotary":
             require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
             even = self.rotary_dim % 2 == 0 < self.rotary_dim
