@@ -1,7 +1,7 @@
 """Generate text: `python generate.py --checkpoint runs/tiny --prompt "def read_lines("`."""
 
-from jaxgpt.cli import generate
+from jaxgpt.cli import dispatch
 from jaxgpt.errors import run_command
 
 if __name__ == "__main__":
-    run_command(generate)
+    run_command(lambda arguments: dispatch(["generate", *arguments], "generate.py"))

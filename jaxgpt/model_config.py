@@ -38,6 +38,12 @@ class Section:
                 bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise ConfigError(f"{self.section}.{name} is {value!r:.50}: it must be {bound}")
 
+    def divides(self, whole: str, parts: str, remedy: str) -> None:
+        """Raise ConfigError when the field `whole` is no multiple of `parts`; None is left out."""
+        size, count = getattr(self, whole), getattr(self, parts)
+        message = f"{self.section}.{whole} {size} does not divide by {self.section}.{parts} {count}; {remedy}"
+        require(count is None or size % count == 0, message)
+
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
@@ -45,100 +51,67 @@ class ModelConfig(Section):
 
     section = "model"
 
-    n_layers: int = 12
-    """Number of transformer blocks (L)."""
-    d_model: int = 768
-    """Width of the residual stream (D)."""
-    n_heads: int = 12
-    """Query heads (H)."""
+    n_layers: int = 12  # Number of transformer blocks (L).
+    d_model: int = 768  # Width of the residual stream (D).
+    n_heads: int = 12  # Query heads (H).
+    # Key/value heads (G): 1 is multi-query, fewer than n_heads is grouped-query attention. Default: n_heads.
     n_kv_heads: int | None = None
-    """Key/value heads (G): 1 is multi-query, fewer than n_heads is grouped-query attention. Default: n_heads."""
-    head_dim: int | None = None
-    """Width of one head (K). Default: d_model / n_heads."""
-    d_ff: int | None = None
-    """Hidden width of the feed-forward network (F). Default: 4 * d_model."""
-    context_length: int = 1024
-    """Tokens in one training sequence, and the largest position."""
-    vocab_size: int | None = None
-    """Vocabulary (V). Default: that of the tokenizer."""
+    head_dim: int | None = None  # Width of one head (K). Default: d_model / n_heads.
+    d_ff: int | None = None  # Hidden width of the feed-forward network (F). Default: 4 * d_model.
+    context_length: int = 1024  # Tokens in one training sequence, and the largest position.
+    vocab_size: int | None = None  # Vocabulary (V). Default: that of the tokenizer.
+    # How the model knows the order of tokens.
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
-    """How the model knows the order of tokens."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
+    rope_theta: float = 10_000.0  # Base of the rotary frequencies.
+    # Base on the layers that have a window, where nothing is scaled. Default: as on the others.
     local_rope_theta: float | None = None
-    """Base on the layers that have a window, where nothing is scaled. Default: as on the others."""
-    rope_fraction: float = 1.0
-    """Share of each head, from its first dimension on, that is rotated."""
+    rope_fraction: float = 1.0  # Share of each head, from its first dimension on, that is rotated.
+    # Whether each layer rotates, repeated over the layers; (True, True, True, False) leaves each fourth without.
     rotary_layers: tuple[bool, ...] = ()
-    """Whether each layer rotates, repeated over the layers; (True, True, True, False) leaves each fourth without."""
+    # How the frequencies are stretched for texts longer than those of the training.
     rope_scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
-    """How the frequencies are stretched for texts longer than those of the training."""
-    rope_factor: float = 1.0
-    """With linear and llama3: how many times slower the slow frequencies turn."""
+    rope_factor: float = 1.0  # With linear and llama3: how many times slower the slow frequencies turn.
+    # With llama3: frequencies that turn less often than this in the original context are slowed by the factor.
     rope_low_frequency: float = 1.0
-    """With llama3: frequencies that turn less often than this in the original context are slowed by the factor."""
-    rope_high_frequency: float = 4.0
-    """With llama3: frequencies that turn more often than this stay."""
-    rope_original_context: int = 8192
-    """With llama3 and longrope: context length of the training before."""
+    rope_high_frequency: float = 4.0  # With llama3: frequencies that turn more often than this stay.
+    rope_original_context: int = 8192  # With llama3 and longrope: context length of the training before.
+    # With longrope: divides each frequency in texts up to the original context.
     rope_short_factors: tuple[float, ...] = ()
-    """With longrope: divides each frequency in texts up to the original context."""
-    rope_long_factors: tuple[float, ...] = ()
-    """With longrope: divides each frequency in longer texts."""
-    rope_attention_factor: float = 1.0
-    """With longrope: multiplies rotated queries and keys."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Kind of normalisation."""
+    rope_long_factors: tuple[float, ...] = ()  # With longrope: divides each frequency in longer texts.
+    rope_attention_factor: float = 1.0  # With longrope: multiplies rotated queries and keys.
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # Kind of normalisation.
+    # pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer. output: x + norm(f(x)), as
+    # in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2.
     norm_position: Literal["pre", "post", "output", "both"] = "pre"
-    """pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer. output: x + norm(f(x)), as
-    in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance."""
-    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
-    """Non-linearity of the feed-forward network."""
-    gated_mlp: bool = False
-    """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
+    norm_epsilon: float = 1e-5  # Added to the variance.
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"  # Non-linearity of the feed-forward network.
+    gated_mlp: bool = False  # Multiply the activation by a second projection (SwiGLU, GeGLU).
+    # Feed-forward networks (E), each d_ff wide, of which a router takes some for each token; 0 is one alone.
     n_experts: int = 0
-    """Feed-forward networks (E), each d_ff wide, of which a router takes some for each token; 0 is one alone."""
-    experts_per_token: int = 2
-    """Experts that each token is sent to."""
-    normalize_experts: bool = True
-    """Let the weights of a token's experts add up to 1."""
-    attention_bias: bool = True
-    """Biases in the query, key and value projections."""
-    attention_output_bias: bool | None = None
-    """A bias in attention's output projection. Default: as attention_bias."""
-    mlp_bias: bool = True
-    """Biases in the feed-forward network."""
-    norm_bias: bool = True
-    """A bias in LayerNorm."""
-    norm_plus_one: bool = False
-    """Multiply by 1 + scale, as in Gemma, so that a scale decays towards 1."""
+    experts_per_token: int = 2  # Experts that each token is sent to.
+    normalize_experts: bool = True  # Let the weights of a token's experts add up to 1.
+    attention_bias: bool = True  # Biases in the query, key and value projections.
+    attention_output_bias: bool | None = None  # A bias in attention's output projection. Default: as attention_bias.
+    mlp_bias: bool = True  # Biases in the feed-forward network.
+    norm_bias: bool = True  # A bias in LayerNorm.
+    norm_plus_one: bool = False  # Multiply by 1 + scale, as in Gemma, so that a scale decays towards 1.
+    # RMS-normalise queries and keys: each head alone, or all heads together.
     qk_norm: Literal["none", "head", "all"] = "none"
-    """RMS-normalise queries and keys: each head alone, or all heads together."""
-    query_scalar: float | None = None
-    """Attention scores are divided by its square root. Default: head_dim."""
-    attention_softcap: float | None = None
-    """c * tanh(scores / c) on attention scores."""
-    logit_softcap: float | None = None
-    """c * tanh(logits / c) on the output logits."""
+    query_scalar: float | None = None  # Attention scores are divided by its square root. Default: head_dim.
+    attention_softcap: float | None = None  # c * tanh(scores / c) on attention scores.
+    logit_softcap: float | None = None  # c * tanh(logits / c) on the output logits.
+    # Sliding-window sizes, repeated over the layers; 0 sees everything. (1024, 0) alternates.
     windows: tuple[int, ...] = ()
-    """Sliding-window sizes, repeated over the layers; 0 sees everything. (1024, 0) alternates."""
-    tie_embeddings: bool = True
-    """Use the token embedding as the output projection."""
-    scale_embeddings: bool = False
-    """Multiply token embeddings by sqrt(d_model)."""
-    dropout: float = 0.0
-    """Dropped share of the embeddings and of each block's outputs while training."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the activations; parameters stay float32."""
-    scan_layers: bool = True
-    """Compile one layer and loop over it, instead of unrolling all layers."""
+    tie_embeddings: bool = True  # Use the token embedding as the output projection.
+    scale_embeddings: bool = False  # Multiply token embeddings by sqrt(d_model).
+    dropout: float = 0.0  # Dropped share of the embeddings and of each block's outputs while training.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Arithmetic of the activations; parameters stay float32.
+    scan_layers: bool = True  # Compile one layer and loop over it, instead of unrolling all layers.
+    # What the backward pass recomputes: nothing, all but matrix products, or each whole layer.
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
+    # Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
+    # learned positions from N(0, 0.01).
     init: Literal["gpt2", "nanogpt"] = "gpt2"
-    """Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
-    learned positions from N(0, 0.01)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,20 +122,12 @@ class ModelConfig(Section):
         self.within(1, _MAX_FLOAT, "rope_theta", "local_rope_theta")
         self.within(1e-6, _MAX_FLOAT, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
         self.within(1e-6, _MAX_FLOAT, "query_scalar", "rope_factor")
-        self.within(0, 1, "rope_fraction")
+        self.within(0, 1, "rope_fraction", "norm_epsilon")
         self.within(0, 0.999, "dropout")
-        self.within(0, 1, "norm_epsilon")
         self.within(1e-3, _MAX_FLOAT, "attention_softcap", "logit_softcap")
         if self.head_dim is None:
-            require(
-                self.d_model % self.n_heads == 0,
-                f"model.d_model {self.d_model} does not divide by model.n_heads {self.n_heads}; "
-                f"change one of them or set model.head_dim",
-            )
-        require(
-            self.n_heads % self.kv_heads == 0,
-            f"model.n_heads {self.n_heads} does not divide by model.n_kv_heads {self.n_kv_heads}",
-        )
+            self.divides("d_model", "n_heads", "change one of them or set model.head_dim")
+        self.divides("n_heads", "n_kv_heads", "change one of them")
         if self.positions == "rotary":
             require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
             even = self.rotary_dim % 2 == 0 < self.rotary_dim

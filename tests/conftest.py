@@ -219,7 +219,9 @@ def command(
     given = tmp_path / "given.json"
 
     def run(program: str, *words: str | TrainConfig) -> Outcome:
-        programs = {"train.py": cli.train, "generate.py": cli.generate, "jaxgpt": cli.dispatch}
+        def script(arguments: list[str]) -> None:
+            cli.dispatch([program.removesuffix(".py"), *arguments], program)
+
         for word in words:
             if isinstance(word, TrainConfig):
                 given.write_text(to_json(word))
@@ -229,7 +231,7 @@ def command(
         capfd.readouterr()
         status: int | str | None = 0
         try:
-            run_command(programs[program])
+            run_command(script if program.endswith(".py") else cli.dispatch)
         except SystemExit as stop:
             status = stop.code
         finally:

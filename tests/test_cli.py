@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -136,18 +137,23 @@ def test_a_bad_json_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def explanations(kind: type, prefix: str = "") -> dict[str, str]:
-    """Option -> what the source says below the field, for a dataclass and those in it."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    """Option -> what the source says below, beside or above the field, for a dataclass and those in it."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    (body,), lines = ast.parse(source).body, source.splitlines()
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
-    for pair in zip(body.body, body.body[1:], strict=False):
+    for pair in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
         match pair:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=text):
                 texts[prefix + name] = ast.literal_eval(text)
+            case ast.AnnAssign(target=ast.Name(id=name), lineno=first, end_lineno=int(last)) as field, _:
+                above = itertools.takewhile(lambda line: line.lstrip().startswith("#"), reversed(lines[: first - 1]))
+                said = [lines[last - 1][field.end_col_offset :], *above]
+                texts[prefix + name] = " ".join(reversed([line.strip(" #") for line in said])).strip()
     for field in dataclasses.fields(kind):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             texts |= explanations(field.type, f"{prefix}{field.name}.")
-    return texts
+    return {option: text for option, text in texts.items() if text}
 
 
 TRAINING, MESH = explanations(TrainConfig), explanations(MeshConfig, "mesh.")
@@ -159,8 +165,8 @@ TRAINING, MESH = explanations(TrainConfig), explanations(MeshConfig, "mesh.")
         ("train.py", [], TRAINING),
         ("jaxgpt", ["train"], TRAINING),
         ("jaxgpt", ["data", "prepare"], TRAINING),
-        ("generate.py", [], explanations(cli.GenerateOptions) | explanations(SamplingParams) | MESH),
-        ("jaxgpt", ["tokenize"], explanations(cli.TokenizeOptions)),
+        ("generate.py", [], explanations(cli.Generate) | explanations(SamplingParams) | MESH),
+        ("jaxgpt", ["tokenize"], explanations(cli.Tokenize)),
     ],
 )
 def test_help_explains_every_option(
@@ -203,7 +209,7 @@ def test_the_verbs_are_listed(command: Callable[..., Any], words: list[str]) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "unknown verb trian; did you mean train?; there are train, generate, tokenize, data prepare"),
+        ("trian", "unknown verb trian; did you mean train?; there are train, generate, chat, convert, "),
         ("data", "unknown verb data; there are "),
         ("--steps 3", "unknown verb --steps"),
     ],

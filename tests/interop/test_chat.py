@@ -352,7 +352,7 @@ def test_help_explains_every_option(command: Callable[..., Any], monkeypatch: py
     monkeypatch.setenv("COLUMNS", "200")
     outcome = command("jaxgpt", "chat", "--help")
     assert (outcome.status, outcome.err) == (0, "")
-    fields = itertools.chain(dataclasses.fields(cli.ChatOptions)[1:2], dataclasses.fields(SamplingParams))
+    fields = itertools.chain(dataclasses.fields(cli.Chat)[1:2], dataclasses.fields(SamplingParams))
     assert all(f"--{field.name.replace('_', '-')}" in outcome.out for field in fields)
     assert "it must have a chat template" in outcome.out and "What the model is told before" in outcome.out
 

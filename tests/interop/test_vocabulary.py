@@ -392,7 +392,7 @@ def test_tokenize_shows_several_side_by_side(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / kind).mkdir()
         MAKERS[kind]().write(tmp_path / kind)
         places += ["--tokenizer", str(tmp_path / kind)]
-    cli.tokenize([text, *places])
+    cli.dispatch(["tokenize", text, *places])
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["A", "id", "B", "id", "C", "id", "bytes"]
     table, said = lines[:-3], lines[-3:]
@@ -409,4 +409,4 @@ def test_tokenize_shows_several_side_by_side(tmp_path: Path, capsys: pytest.Capt
             f"{count / size:.2f} tokens per byte, {places[2 * i + 1]}"
         )
     with pytest.raises(ConfigError, match="there is no --tokenizer"):
-        cli.tokenize([text])
+        cli.dispatch(["tokenize", text])

@@ -185,7 +185,7 @@ def in_child(words: list[str], out: str, settings: dict[str, Any], stuck: bool) 
     if stuck:
         loop.Trainer.save = lambda *_: time.sleep(60)  # type: ignore[method-assign]
     sys.argv = ["train.py", *words]
-    run_command(cli.train)
+    run_command(lambda arguments: cli.dispatch(["train", *arguments], "train.py"))
 
 
 class Child:
