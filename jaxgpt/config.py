@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses that refuse illegal values when they are made.
 
-Few fields, the rest are properties. The same classes make the command line (tyro), the presets in `configs/` and
-`config.json` in the run directory."""
+Few fields, the rest are properties. The same classes make the command line (tyro), where the comment behind or above a
+field explains it, the presets in `configs/` and `config.json` in the run directory."""
 
 import math
 import os
@@ -19,16 +19,12 @@ class TokenizerConfig(Section):
 
     section = "tokenizer"
 
-    path: str | None = None
-    """An existing SentencePiece .model file; nothing is trained then."""
-    kind: Literal["bpe", "unigram"] = "bpe"
-    """Algorithm of the tokenizer that is trained."""
-    vocab_size: int = 4096
-    """Pieces of the trained tokenizer, special tokens and 256 bytes included."""
+    path: str | None = None  # An existing SentencePiece .model file; nothing is trained then.
+    kind: Literal["bpe", "unigram"] = "bpe"  # Algorithm of the tokenizer that is trained.
+    vocab_size: int = 4096  # Pieces of the trained tokenizer, special tokens and 256 bytes included.
+    # Chat markers, beside pad, bos and eos; plain text can never produce them.
     special_tokens: tuple[str, ...] = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-    """Chat markers, beside pad, bos and eos; plain text can never produce them."""
-    training_bytes: int = 10_000_000
-    """Bytes of text that the tokenizer is trained on, taken evenly from the corpus."""
+    training_bytes: int = 10_000_000  # Bytes of text that the tokenizer is trained on, taken evenly from the corpus.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,21 +42,16 @@ class DataConfig(Section):
 
     section = "data"
 
+    # Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory;
+    # or @python (this interpreter's standard library) or @shakespeare (38 plays).
     paths: tuple[str, ...] = ("@python",)
-    """Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory; or
-    @python (this interpreter's standard library) or @shakespeare (38 plays)."""
-    weights: tuple[float, ...] = ()
-    """Mixture weights, one for each path; without them all paths are one corpus."""
-    text_key: str = "text"
-    """Field or column that holds the text in .jsonl and .parquet."""
-    val_fraction: float = 0.02
-    """Share of the documents that are held out for evaluation."""
+    weights: tuple[float, ...] = ()  # Mixture weights, one for each path; without them all paths are one corpus.
+    text_key: str = "text"  # Field or column that holds the text in .jsonl and .parquet.
+    val_fraction: float = 0.02  # Share of the documents that are held out for evaluation.
+    # Stop when more than this many documents cannot be read; the skipped ones are counted and listed.
     max_bad_documents: int = 0
-    """Stop when more than this many documents cannot be read; the skipped ones are counted and listed."""
-    shard_tokens: int = 64 * 2**20
-    """Tokens in one shard file."""
-    cache_dir: str = ""
-    """Where prepared corpora are kept. Default: $XDG_CACHE_HOME/jaxgpt or ~/.cache/jaxgpt."""
+    shard_tokens: int = 64 * 2**20  # Tokens in one shard file.
+    cache_dir: str = ""  # Where prepared corpora are kept. Default: $XDG_CACHE_HOME/jaxgpt or ~/.cache/jaxgpt.
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "data.paths is empty: name at least one file, directory or glob")
@@ -88,31 +79,22 @@ class OptimizerConfig(Section):
 
     section = "optimizer"
 
+    # Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW.
+    # adafactor has no betas and no epsilon of its own, lion no epsilon.
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW.
-    adafactor has no betas and no epsilon of its own, lion no epsilon."""
-    peak_lr: float = 6e-4
-    """Learning rate after warm-up."""
+    peak_lr: float = 6e-4  # Learning rate after warm-up.
+    # Shape after warm-up; wsd is warm-up, stable, linear decay.
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """Shape after warm-up; wsd is warm-up, stable, linear decay."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up."""
-    final_lr_ratio: float = 0.1
-    """Last learning rate over the peak."""
-    decay_fraction: float = 0.2
-    """With wsd: the share of all steps that decays."""
-    beta1: float = 0.9
-    """Decay of the first moment (momentum)."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices and embeddings; never of norms and biases."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    warmup_steps: int = 100  # Steps of linear warm-up.
+    final_lr_ratio: float = 0.1  # Last learning rate over the peak.
+    decay_fraction: float = 0.2  # With wsd: the share of all steps that decays.
+    beta1: float = 0.9  # Decay of the first moment (momentum).
+    beta2: float = 0.95  # Decay of the second moment.
+    epsilon: float = 1e-8  # Added to the root of the second moment.
+    weight_decay: float = 0.1  # Decoupled decay of matrices and embeddings; never of norms and biases.
+    clip_norm: float = 1.0  # Largest global gradient norm; 0 turns clipping off.
+    # Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off.
     ema_decay: float = 0.0
-    """Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,34 +114,21 @@ class TrainingConfig(Section):
 
     section = "training"
 
-    steps: int = 1000
-    """Optimizer updates."""
-    batch_size: int = 32
-    """Sequences in one update, over all devices."""
+    steps: int = 1000  # Optimizer updates.
+    batch_size: int = 32  # Sequences in one update, over all devices.
+    # Parts that a batch is cut into when it does not fit; the result is that of the whole batch.
     accumulation_steps: int = 1
-    """Parts that a batch is cut into when it does not fit; the result is that of the whole batch."""
-    seed: int = 0
-    """Decides the initial parameters, the order of the data and dropout."""
-    log_every: int = 10
-    """Steps between training records."""
-    eval_every: int = 250
-    """Steps between evaluations; 0 evaluates only at the end."""
-    eval_batches: int = 20
-    """Batches in one evaluation, spread evenly over the held-out text; 0 takes all of it."""
-    z_loss: float = 0.0
-    """Weight of the squared log-partition, which keeps logits near zero."""
-    router_balance_loss: float = 0.01
-    """With experts: weight of the loss that spreads tokens evenly over them."""
-    router_z_loss: float = 0.001
-    """With experts: weight of the squared log-partition of the router."""
-    loss_chunks: int = 8
-    """Parts that the sequence is cut into so that only one part's logits exist at a time."""
-    sample_prompt: str = ""
-    """Prompt of the sample that is printed at the end."""
-    sample_tokens: int = 80
-    """Length of that sample; 0 prints none."""
-    wandb: bool = False
-    """Also log to Weights & Biases (`pip install wandb`)."""
+    seed: int = 0  # Decides the initial parameters, the order of the data and dropout.
+    log_every: int = 10  # Steps between training records.
+    eval_every: int = 250  # Steps between evaluations; 0 evaluates only at the end.
+    eval_batches: int = 20  # Batches in one evaluation, spread evenly over the held-out text; 0 takes all of it.
+    z_loss: float = 0.0  # Weight of the squared log-partition, which keeps logits near zero.
+    router_balance_loss: float = 0.01  # With experts: weight of the loss that spreads tokens evenly over them.
+    router_z_loss: float = 0.001  # With experts: weight of the squared log-partition of the router.
+    loss_chunks: int = 8  # Parts that the sequence is cut into so that only one part's logits exist at a time.
+    sample_prompt: str = ""  # Prompt of the sample that is printed at the end.
+    sample_tokens: int = 80  # Length of that sample; 0 prints none.
+    wandb: bool = False  # Also log to Weights & Biases (`pip install wandb`).
 
     def __post_init__(self) -> None:
         self.within(1, math.inf, "steps", "batch_size", "accumulation_steps", "log_every", "loss_chunks")
@@ -179,14 +148,11 @@ class CheckpointConfig(Section):
 
     section = "checkpoint"
 
-    every: int = 250
-    """Steps between saves; the last step is always saved."""
-    keep_last: int = 2
-    """Newest checkpoints that stay."""
-    keep_every: int = 0
-    """Also keep each checkpoint whose step is a multiple of this; 0 keeps none."""
+    every: int = 250  # Steps between saves; the last step is always saved.
+    keep_last: int = 2  # Newest checkpoints that stay.
+    keep_every: int = 0  # Also keep each checkpoint whose step is a multiple of this; 0 keeps none.
+    # After a failed save (disk full): stop with status 74, or go on and try again at the next.
     on_save_error: Literal["stop", "continue"] = "stop"
-    """After a failed save (disk full): stop with status 74, or go on and try again at the next."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,12 +164,9 @@ class CheckpointConfig(Section):
 class MeshConfig:
     """Devices along each axis of the mesh; -1 takes all that are left."""
 
-    data: int = -1
-    """Copies of the model, each with its part of the batch."""
-    fsdp: int = 1
-    """Parts that parameters and optimizer state are cut into, gathered layer by layer."""
-    tensor: int = 1
-    """Parts that heads, feed-forward and vocabulary are cut into."""
+    data: int = -1  # Copies of the model, each with its part of the batch.
+    fsdp: int = 1  # Parts that parameters and optimizer state are cut into, gathered layer by layer.
+    tensor: int = 1  # Parts that heads, feed-forward and vocabulary are cut into.
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
@@ -221,12 +184,9 @@ class MeshConfig:
 class TrainConfig:
     """A whole run."""
 
-    name: str = "gpt"
-    """Names the run."""
-    run_dir: str = ""
-    """Directory of config, tokenizer, checkpoints and metrics. Default: runs/NAME."""
-    allow_change: tuple[str, ...] = ()
-    """Settings, such as training.steps, that may differ from those of the run that is resumed."""
+    name: str = "gpt"  # Names the run.
+    run_dir: str = ""  # Directory of config, tokenizer, checkpoints and metrics. Default: runs/NAME.
+    allow_change: tuple[str, ...] = ()  # Settings, such as training.steps, that may differ when a run is resumed.
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -137,23 +137,30 @@ def test_a_bad_json_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def explanations(kind: type, prefix: str = "") -> dict[str, str]:
-    """Option -> what the source says below, beside or above the field, for a dataclass and those in it."""
+    """Option -> what the source says below, behind or above the field, for a dataclass and those in it."""
     source = textwrap.dedent(inspect.getsource(kind))
-    (body,), lines = ast.parse(source).body, source.splitlines()
+    (body,) = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
-    for pair in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
-        match pair:
+    for field_node, below in itertools.pairwise([*body.body, None]):
+        match field_node, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=text):
                 texts[prefix + name] = ast.literal_eval(text)
-            case ast.AnnAssign(target=ast.Name(id=name), lineno=first, end_lineno=int(last)) as field, _:
-                above = itertools.takewhile(lambda line: line.lstrip().startswith("#"), reversed(lines[: first - 1]))
-                said = [lines[last - 1][field.end_col_offset :], *above]
-                texts[prefix + name] = " ".join(reversed([line.strip(" #") for line in said])).strip()
+            case ast.AnnAssign(target=ast.Name(id=name)), _:
+                if text_beside := comment(source.splitlines(), field_node.lineno - 1):
+                    texts[prefix + name] = text_beside
     for field in dataclasses.fields(kind):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             texts |= explanations(field.type, f"{prefix}{field.name}.")
-    return {option: text for option, text in texts.items() if text}
+    return texts
+
+
+def comment(lines: list[str], place: int) -> str:
+    """The comment behind the field in line `place`, or else above it."""
+    if behind := lines[place].partition("  # ")[2]:
+        return behind
+    above = itertools.takewhile(lambda line: line.startswith("    # "), reversed(lines[:place]))
+    return " ".join(line.strip(" #") for line in reversed([*above]))
 
 
 TRAINING, MESH = explanations(TrainConfig), explanations(MeshConfig, "mesh.")
@@ -188,7 +195,8 @@ def test_help_explains_every_option(
 
 def test_the_explanations_are_those_of_every_field() -> None:
     """So that the test above misses none."""
-    assert {"training.steps", "model.n_layers", "mesh.tensor", "run_dir", "checkpoint.every"} <= set(TRAINING)
+    wanted = {"training.steps", "model.n_layers", "mesh.tensor", "run_dir", "allow_change", "checkpoint.every"}
+    assert wanted <= set(TRAINING)
     names = [
         (section.name, field.name)
         for section in dataclasses.fields(TrainConfig)
