@@ -45,12 +45,16 @@ def choose(
     """One token id, int32: temperature, then top-k, then top-p, then a draw.
 
     The settings are arrays, so that other values need no other program. Of equal logits the lowest id comes first."""
-    order_V = jnp.argsort(-logits_V, stable=True)
-    sorted_V = logits_V[order_V] / jnp.where(temperature > 0, temperature, 1)
-    ranks_V = jnp.arange(logits_V.size)
-    sorted_V = jnp.where(ranks_V < jnp.where(top_k > 0, top_k, logits_V.size), sorted_V, -jnp.inf)
-    probabilities_V = jax.nn.softmax(sorted_V)
-    before_V = jnp.cumsum(probabilities_V) - probabilities_V  # of all more probable tokens together
-    sorted_V = jnp.where((before_V < top_p) | (ranks_V == 0), sorted_V, -jnp.inf)
-    place = jnp.where(temperature > 0, jax.random.categorical(key, sorted_V), 0)
-    return order_V[place].astype(jnp.int32)
+
+    def draw(logits_V: jax.Array) -> jax.Array:
+        order_V = jnp.argsort(-logits_V, stable=True)
+        sorted_V = logits_V[order_V] / temperature
+        ranks_V = jnp.arange(logits_V.size)
+        sorted_V = jnp.where(ranks_V < jnp.where(top_k > 0, top_k, logits_V.size), sorted_V, -jnp.inf)
+        probabilities_V = jax.nn.softmax(sorted_V)
+        before_V = jnp.cumsum(probabilities_V) - probabilities_V  # of all more probable tokens together
+        sorted_V = jnp.where((before_V < top_p) | (ranks_V == 0), sorted_V, -jnp.inf)
+        return order_V[jax.random.categorical(key, sorted_V)].astype(jnp.int32)
+
+    # Sorting 49152 logits takes 12 ms on a CPU, half of a greedy step of a model with 135 M parameters.
+    return jax.lax.cond(temperature > 0, draw, lambda logits_V: logits_V.argmax().astype(jnp.int32), logits_V)
