@@ -426,25 +426,25 @@ def with_index(index: Any) -> Callable[[Path], None]:
     return write
 
 
-def with_place(file: Any) -> Callable[[Path], None]:
-    """An index that says another file of the first tensor."""
+def with_place(file: Any, tensor: str = "model.norm.weight") -> Callable[[Path], None]:
+    """An index that says another file of a tensor, or of one more."""
 
     def write(directory: Path) -> None:
-        path = directory / "model.safetensors.index.json"
-        index = json.loads(path.read_text())
-        index["weight_map"] = {"model.norm.weight": file} | index["weight_map"]
-        path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {"model.norm.weight": file}}))
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        index["weight_map"][tensor] = file
+        with_index(index)(directory)
 
     return write
 
 
+def without_place(directory: Path) -> None:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    with_index(index)(directory)
+
+
 def without_file(directory: Path) -> None:
-    (directory / "model-00002-of-00003.safetensors").unlink()
-
-
-def linked_twice(directory: Path) -> None:
-    (directory / "more.safetensors").write_bytes((directory / "model-00001-of-00003.safetensors").read_bytes())
-    with_place("more.safetensors")(directory)
+    (directory / SECOND).unlink()
 
 
 FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
@@ -473,8 +473,9 @@ BAD_INDEX: dict[str, tuple[Callable[[Path], None], str]] = {
     },
     "a file that is not there": (with_place("other.safetensors"), r"other\.safetensors: there is no such file"),
     "a missing file": (without_file, rf"{SECOND}: there is no such file"),
-    "a file that lacks a tensor": (with_place(FIRST), "and the index disagree on tensor 'model.norm.weight'"),
-    "a file with more tensors": (linked_twice, "and the index disagree on tensor"),
+    "a tensor in another file": (with_place(FIRST), "and the index disagree on tensor 'model.norm.weight'"),
+    "a tensor that no file has": (with_place(FIRST, "more"), f"{FIRST} and the index disagree on tensor 'more'"),
+    "a tensor that the index lacks": (without_place, f"{SECOND} and the index disagree on tensor 'model.norm.weight'"),
 }  # fmt: skip
 
 
