@@ -70,15 +70,9 @@ class Tokenizer(ABC):
     def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]: ...
 
     def encode(
-        self,
-        text: str,
-        *,
-        bos: bool = False,
-        eos: bool = False,
-        allow_special: bool = False,
-        sampling_alpha: float = 0.0,
+        self, text: str, *, bos: bool = False, allow_special: bool = False, sampling_alpha: float = 0.0
     ) -> list[int]:
-        """The ids of `text`.
+        """The ids of `text`, behind what begins one if `bos`.
 
         allow_special reads the text of a special token as that token: only for text that the program itself wrote.
         sampling_alpha > 0 draws a random segmentation (BPE dropout, or unigram sampling with that temperature).
@@ -92,7 +86,7 @@ class Tokenizer(ABC):
                 ids += known[part]
             elif part:
                 ids += self._cut([part if ids else self._dummy + part], allow_special, sampling_alpha)[0]
-        return [*(self.bos_ids if bos else []), *ids, *([self.eos_id] if eos else [])]
+        return [*self.bos_ids, *ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
