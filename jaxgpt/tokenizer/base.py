@@ -41,11 +41,8 @@ class Tokenizer(ABC):
     ends one; chat_template is Jinja's source, if there is one."""
 
     file_name: str
-    byte_level = False
-    """Whether pieces are in byte-level BPE's alphabet of bytes."""
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    byte_level = False  # whether pieces are written in byte-level BPE's alphabet of bytes
+    bos_id = eos_id = pad_id = -1
     bos_ids: list[int]
 
     def __init__(
