@@ -128,16 +128,15 @@ class Generate(Compute):
 
 def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:
     """The first sample as it comes, the others, which come at the same time, behind it."""
-    later = [""] * samples
-    if samples > 1:
-        print("--- sample 1")
-    for sample, text in itertools.chain([(0, prompt)], pieces):
+    written = [prompt] * samples
+    print("--- sample 1\n" if samples > 1 else "", prompt, sep="", end="", flush=True)
+    for sample, text in pieces:
+        written[sample] += text
         if sample == 0:
             print(text, end="", flush=True)
-        later[sample] += text
     print()
-    for sample, text in enumerate(later[1:], 2):
-        print(f"--- sample {sample}\n{prompt}{text}")
+    for sample, text in enumerate(written[1:], 2):
+        print(f"--- sample {sample}\n{text}")
 
 
 def print_table(table: Table) -> None:

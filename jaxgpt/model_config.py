@@ -1,4 +1,6 @@
-"""The shape of one decoder-only transformer, wide enough for the families in `interop/families.py`."""
+"""The shape of one decoder-only transformer, wide enough for the families in `interop/families.py`.
+
+The comment beside or above a field is its explanation on the command line."""
 
 import dataclasses
 import math

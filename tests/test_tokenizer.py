@@ -53,7 +53,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 @pytest.mark.parametrize("text", [*NASTY, json.decoder.__doc__, sources()[0]])
 def test_text_survives_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True, sampling_alpha=0.3)) == text
+    assert tokenizer.decode([*tokenizer.encode(text, bos=True, sampling_alpha=0.3), tokenizer.eos_id]) == text
     assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
     assert tokenizer.encode_batch([text, "x", text]) == [tokenizer.encode(t) for t in (text, "x", text)]
 
@@ -77,7 +77,7 @@ def test_special_tokens_have_the_first_ids_and_only_the_program_writes_them(toke
     assert set(tokenizer.encode(forged)).isdisjoint(names.values())
     a = tokenizer.encode("a")
     assert tokenizer.encode(forged, allow_special=True) == [1, *a, 2, names["<|end|>more"], names["<|user|>"], 0]
-    assert tokenizer.encode("a", bos=True, eos=True) == [1, *a, 2]
+    assert tokenizer.encode("a", bos=True) == [1, *a]
     assert tokenizer.decode([1, *a, 2]) == "a"
     assert tokenizer.decode([1, *a, 2], special=True) == "<s>a</s>"
 

@@ -66,6 +66,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     encode_chat(tokenizer, [*start, {"role": "user", "content": "?"}])  # a template that cannot work says so at once
     messages = list(start)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    stop, refusal = (KeyboardInterrupt, ConfigError) if terminal else ((), ())  # elsewhere they end it all
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (`input` edits lines with it)
@@ -82,12 +83,9 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
                 for _, text in engine.stream(fit(engine, tokenizer, messages, params.max_new_tokens), params):
                     print(text, end="", flush=True)
                     answer.append(text)
-            except KeyboardInterrupt:
-                if not terminal:
-                    raise
-            except ConfigError as error:
-                if not terminal:
-                    raise
+            except stop:
+                pass
+            except refusal as error:
                 _say(str(error))
                 messages.pop()
                 continue
@@ -96,11 +94,10 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
 
 
 def _next_line(terminal: bool) -> str | None:
+    end = (EOFError, KeyboardInterrupt) if terminal else (EOFError,)
     try:
         return input("> " if terminal else "")
-    except (EOFError, KeyboardInterrupt) as end:
-        if isinstance(end, KeyboardInterrupt) and not terminal:
-            raise
+    except end:
         print(end="\n" if terminal else "")
         return None
 

@@ -41,11 +41,8 @@ class Tokenizer(ABC):
     ends one; chat_template is Jinja's source, if there is one."""
 
     file_name: str
-    byte_level = False
-    """Whether pieces are in byte-level BPE's alphabet of bytes."""
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    byte_level = False  # whether pieces are written in byte-level BPE's alphabet of bytes
+    bos_id = eos_id = pad_id = -1
     bos_ids: list[int]
 
     def __init__(
@@ -70,15 +67,9 @@ class Tokenizer(ABC):
     def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]: ...
 
     def encode(
-        self,
-        text: str,
-        *,
-        bos: bool = False,
-        eos: bool = False,
-        allow_special: bool = False,
-        sampling_alpha: float = 0.0,
+        self, text: str, *, bos: bool = False, allow_special: bool = False, sampling_alpha: float = 0.0
     ) -> list[int]:
-        """The ids of `text`.
+        """The ids of `text`, behind what begins one if `bos`.
 
         allow_special reads the text of a special token as that token: only for text that the program itself wrote.
         sampling_alpha > 0 draws a random segmentation (BPE dropout, or unigram sampling with that temperature).
@@ -92,7 +83,7 @@ class Tokenizer(ABC):
                 ids += known[part]
             elif part:
                 ids += self._cut([part if ids else self._dummy + part], allow_special, sampling_alpha)[0]
-        return [*(self.bos_ids if bos else []), *ids, *([self.eos_id] if eos else [])]
+        return [*self.bos_ids, *ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""

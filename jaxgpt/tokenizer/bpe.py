@@ -45,16 +45,15 @@ class JsonTokenizer(Tokenizer):
         self._spelt_or_special = {}  # the library finds special tokens, and what they do with spaces around them
         bytes_of_utf8 = set(range(0xF5)) - {0xC0, 0xC1} if self.byte_level else set()
         self._missing = bytes_of_utf8 - {raw[0] for raw in self.token_bytes if len(raw) == 1}
+        self._take(settings or {})
         alone, framed = (self._model.encode("a", add_special_tokens=frame).ids for frame in (False, True))
         start = next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), 0)
-        self.bos_ids = framed[:start]
-        self.bos_id = self.bos_ids[0] if self.bos_ids else -1
-        self.eos_id = self.pad_id = -1
+        self.bos_ids = framed[:start]  # which the file decides, not the settings beside it
         if self.decode_bytes(alone) == b" a":  # the library would put the dummy prefix before each part
             self.prefix, self._spelt = " ", {}
-        self._take({k: v for k, v in (settings or {}).items() if k != "add_bos_token"})
         self._check()
-        self.bos_id, self.pad_id = (self.eos_id if token < 0 else token for token in (self.bos_id, self.pad_id))
+        self.bos_id = self.bos_id if self.bos_id >= 0 else [*self.bos_ids, self.eos_id][0]
+        self.pad_id = self.pad_id if self.pad_id >= 0 else self.eos_id
 
     def _check(self) -> None:
         if self.eos_id < 0:

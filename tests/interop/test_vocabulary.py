@@ -105,8 +105,8 @@ def test_every_format_cuts_a_text_alike(ours: Tokenizer, tmp_path: Path) -> None
     assert again.encode_batch(texts) == ours.encode_batch(texts) == [ours.encode(text) for text in texts]
     assert [again.decode(again.encode(text)) for text in texts] == texts
     for text in texts:
-        assert again.encode(text, bos=True, eos=True, allow_special=True) == [
-            *again.bos_ids, *again.encode(text, allow_special=True), again.eos_id,
+        assert again.encode(text, bos=True, allow_special=True) == [
+            *again.bos_ids, *again.encode(text, allow_special=True),
         ]  # fmt: skip
         assert not set(again.encode(text)) & set(again.special_tokens.values())
 
@@ -308,7 +308,7 @@ def _mutated(value: Any, draw: random.Random) -> Any:
 
 def _use(tokenizer: Tokenizer) -> None:
     for text in ("in the 12 <|end|> é\n", ""):
-        ids = tokenizer.encode(text, bos=True, eos=True)
+        ids = [*tokenizer.encode(text, bos=True), tokenizer.eos_id]
         assert all(0 <= token < tokenizer.vocab_size for token in (*ids, *tokenizer.end_ids))
         assert not set(tokenizer.encode(text)) & set(tokenizer.special_tokens.values())
         tokenizer.decode(ids)

@@ -77,7 +77,7 @@ def slow_rows(case: Case, mesh_of: Callable[..., Any]) -> np.ndarray:
     The text is encoded again, cut where a window ends, and each piece goes through the model alone, from position 0.
     """
     tokenizer, T = case.tokenizer, 64
-    stream = [token for text in case.texts for token in tokenizer.encode(text, bos=True, eos=True)]
+    stream = [token for text in case.texts for token in (*tokenizer.encode(text, bos=True), tokenizer.eos_id)]
     rows = np.zeros((-(-(len(stream) - 1) // T), 3))
     with mesh_of():
         model = load_run(case.run_dir).model
