@@ -240,8 +240,7 @@ class Checkpoints(contextlib.ExitStack):
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         super().__init__()
         _set_up_orbax()
-        self.saved_step: int | None = None
-        """The newest step that is known to be durable."""
+        self.saved_step: int | None = None  # the newest step that is known to be durable
         self._config = config
         self._directory = (run_dir / "checkpoints").absolute()  # Orbax takes no other
         self._primary = jax.process_index() == 0  # alone renames and deletes

@@ -100,8 +100,7 @@ class Survey:
 
     text_bytes: int
     problems: Problems
-    cut: tuple[int, int] | None
-    """Only the end of one document is held out: its number, and the character where that begins."""
+    cut: tuple[int, int] | None  # where only the end of one document is held out: its number, and the first character
 
 
 class TextCorpus:
