@@ -10,7 +10,6 @@ computed on the devices before saving and again after restoring. `<run_dir>/chec
     N.replaced    step N while it is saved again;  N.discarded: step N on its way to be deleted"""
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -18,7 +17,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import sys
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +32,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.config import CheckpointConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError, note
-from jaxgpt.files import sync
+from jaxgpt.files import locked, sync
 from jaxgpt.sharding import place_shapes
 
 FORMAT = 1
@@ -217,20 +215,6 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
     return newest, trees["model"], metadata
 
 
-def _take_lock(path: Path) -> int:
-    """A descriptor that holds the lock until it is closed; the system frees the lock of a process that dies."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-        os.close(descriptor)
-        raise ConfigError(f"{path.parent} is in use by {holder}; stop that or choose another run_dir") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode())
-    return descriptor
-
-
 class Checkpoints(contextlib.ExitStack):
     """The checkpoints of one run, held by the process (or the group of processes) that trains it.
 
@@ -240,8 +224,7 @@ class Checkpoints(contextlib.ExitStack):
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         super().__init__()
         _set_up_orbax()
-        self.saved_step: int | None = None
-        """The newest step that is known to be durable."""
+        self.saved_step: int | None = None  # the newest step that is known to be durable
         self._config = config
         self._directory = (run_dir / "checkpoints").absolute()  # Orbax takes no other
         self._primary = jax.process_index() == 0  # alone renames and deletes
@@ -249,7 +232,7 @@ class Checkpoints(contextlib.ExitStack):
         if self._primary:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                self.callback(os.close, _take_lock(run_dir / "LOCK"))
+                self.enter_context(locked(run_dir / "LOCK", wait=False))
                 self._clean()
             except OSError as error:
                 where = error.filename or self._directory

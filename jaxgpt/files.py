@@ -1,11 +1,15 @@
-"""Writing files so that a reader, a kill or a power failure sees all of one or nothing of it."""
+"""Files that a reader, a kill or a power failure sees whole or not at all, and the locks of directories."""
 
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import BadFileError
+from jaxgpt.errors import BadFileError, ConfigError, note
 
 
 def sync(path: Path) -> None:
@@ -30,6 +34,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock, which the system frees when this process dies; the file names the holder.
+
+    When another process holds it: raises ConfigError, or waits for it and says so."""
+    with open(path, "a+", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            busy = f"{path.parent} is in use by {file.read(200).strip() or 'another process'}"
+            if not wait:
+                raise ConfigError(f"{busy}; stop that or choose another run_dir") from None
+            note(f"{busy}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        print(f"pid {os.getpid()} on host {socket.gethostname()}", file=file, flush=True)
+        yield
 
 
 def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> dict[str, Any]:

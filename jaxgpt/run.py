@@ -78,8 +78,7 @@ class TrainedModel:
     config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
-    family: str | None = None
-    """The model_type that other people's files declare."""
+    family: str | None = None  # the model_type that other people's files declare
 
 
 def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:

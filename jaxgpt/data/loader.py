@@ -23,12 +23,9 @@ class Batch(NamedTuple):
     """One batch; every field is int32 [B, T]."""
 
     tokens: Ints
-    labels: Ints
-    """The next token; -1 (ignored) where that belongs to another document, and at padding."""
-    segment_ids: Ints
-    """Counts the documents of a row from 1; 0 is padding."""
-    positions: Ints
-    """Counts tokens from 0 at the start of each document, and at the start of the row."""
+    labels: Ints  # the next token; -1 (ignored) where that belongs to another document, and at padding
+    segment_ids: Ints  # counts the documents of a row from 1; 0 is padding
+    positions: Ints  # counts tokens from 0 at the start of each document, and at the start of the row
 
 
 def make_batch(stream: TokenStream, begins: np.ndarray, length: int) -> Batch:

@@ -3,7 +3,6 @@
 The corpus is read up to three times, because tokenizing takes 20 times as long as reading: to choose what is held out,
 to train the tokenizer on the rest, and to write the shards."""
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -13,7 +12,6 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +23,7 @@ from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
 from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_meta, write_shard
 from jaxgpt.errors import BadFileError, ConfigError, note
-from jaxgpt.files import write_atomically
+from jaxgpt.files import locked, write_atomically
 from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 
 BATCH_CHARACTERS = 4 * 2**20  # text that is encoded at once, over all threads
@@ -100,8 +98,7 @@ class Survey:
 
     text_bytes: int
     problems: Problems
-    cut: tuple[int, int] | None
-    """Only the end of one document is held out: its number, and the character where that begins."""
+    cut: tuple[int, int] | None  # where only the end of one document is held out: its number, and the first character
 
 
 class TextCorpus:
@@ -197,7 +194,7 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
     """Tokenize one corpus into `<cache>/data/<key>/`, or go on where an earlier run stopped, or reuse what is there."""
     directory = text.data.cache_path / "data" / _key(text.digest, tokenizer.sha256, text.data.shard_tokens)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / "LOCK"):
+    with locked(directory / "LOCK", wait=True):
         if (directory / "meta.json").exists():
             note(f"data {text.name}: reusing {directory}")
             return open_tokenized(directory, tokenizer)
@@ -216,18 +213,6 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
     for split, counts in splits.items():
         note(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     return open_tokenized(directory, tokenizer)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file lock; the system releases it when the process ends, however that happens."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(f"data: waiting for another process that prepares {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:

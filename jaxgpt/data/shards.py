@@ -76,12 +76,9 @@ class Corpus:
     vocab_size: int
     train: TokenStream
     val: TokenStream
-    val_bytes: int
-    """UTF-8 bytes of the held-out text; 0 when they are not known (nanoGPT)."""
-    val_gzip_bytes: int
-    """The same text after `gzip -9`: what any compressor gets without learning."""
-    fingerprint: str
-    """Changes when any token does; a resumed run compares it."""
+    val_bytes: int  # UTF-8 bytes of the held-out text; 0 when they are not known (nanoGPT)
+    val_gzip_bytes: int  # the same text after `gzip -9`: what any compressor gets without learning
+    fingerprint: str  # changes when any token does; a resumed run compares it
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:

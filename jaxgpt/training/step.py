@@ -23,12 +23,10 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """All that a step reads and writes; every leaf is an array with its sharding."""
 
-    step: jax.Array
-    """Updates done, int32."""
+    step: jax.Array  # updates done, int32
     model: Transformer
     optimizer: Any
-    ema: Transformer | None
-    """Moving average of the parameters, when `optimizer.ema_decay` is set."""
+    ema: Transformer | None  # moving average of the parameters, when `optimizer.ema_decay` is set
 
     @property
     def averaged(self) -> Transformer:
