@@ -217,7 +217,8 @@ def _as_family(config: ModelConfig, family: Family) -> Json:
     written = {name: family.key(name) for name, key in family.keys.items() if key and name in values}
     hf: Json = {"model_type": family.model_type} | {key: legal[0] for key, legal in family.requires.items()}
     hf |= {key: values[name] for name, key in written.items() if not name.startswith("rope_")}
-    if rope := {key: values[name] for name, key in written.items() if name.startswith("rope_")}:
+    rope = {key: values[name] for name, key in written.items() if name.startswith("rope_")}
+    if "rope_type" in rope:
         hf |= _write_rope(rope, hf.pop("rope_local_base_freq", None))
     windows = config.layer_windows
     if family.window_period > 0 or len(set(windows)) > 1:

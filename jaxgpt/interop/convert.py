@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.config import CheckpointConfig, TrainConfig, TrainingConfig
+from jaxgpt.config import CheckpointConfig, TokenizerConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError, JaxgptError
 from jaxgpt.files import sync, write_atomically
 from jaxgpt.interop.configs import write_config, write_gguf_config
@@ -65,7 +65,13 @@ def _remove(path: Path) -> None:
 
 def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     chunks = next(chunks for chunks in (8, 4, 2, 1) if trained.config.context_length % chunks == 0)
-    config = TrainConfig(run_dir=str(directory), model=trained.config, training=TrainingConfig(loss_chunks=chunks))
+    final = directory.with_suffix("")  # without .partial
+    config = TrainConfig(
+        run_dir=str(final),
+        model=trained.config,
+        tokenizer=TokenizerConfig(path=str(final / trained.tokenizer.file_name)),
+        training=TrainingConfig(loss_chunks=chunks),
+    )
     metadata = {"seed": 0, "tokenizer_sha256": trained.tokenizer.sha256, "data": []}
     with Checkpoints(directory, CheckpointConfig()) as checkpoints:
         checkpoints.save(0, trained.model, {"step": jnp.zeros((), jnp.int32)}, metadata)

@@ -77,12 +77,14 @@ class Tokenizer(ABC):
         _refuse_surrogates(text)
         known = self._spelt_or_special if allow_special else self._spelt
         longest_first = sorted(map(re.escape, known), key=len, reverse=True)
+        if text and not (allow_special and any(name and text.startswith(name) for name in self.special_tokens)):
+            text = self._dummy + text
         ids: list[int] = []
         for part in re.split(f"({'|'.join(longest_first)})", text) if known else [text]:
             if part in known:
                 ids += known[part]
             elif part:
-                ids += self._cut([part if ids else self._dummy + part], allow_special, sampling_alpha)[0]
+                ids += self._cut([part], allow_special, sampling_alpha)[0]
         return [*self.bos_ids, *ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

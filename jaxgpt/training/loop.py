@@ -11,11 +11,12 @@ import signal
 import statistics
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.checkpoint import Checkpoints, restore_model
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch, EvalWindows, Loader
 from jaxgpt.data.prepare import prepare_corpora
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> None:
     mesh = make_mesh(config.mesh)
     check_divides(mesh, config.model, config.training.batch_size // config.training.accumulation_steps)
     with jax.set_mesh(mesh), Checkpoints(config.run_path, config.checkpoint) as checkpoints:
-        if checkpoints.steps():
+        if any(checkpoints.steps()):  # not the one of `jaxgpt convert`, which holds a model at step 0 and no history
             refuse_other_config(read_config(config.run_path), config)
         tokenizer, corpora = prepare_corpora(config.data, config.tokenizer)
         Trainer(with_vocabulary(config, tokenizer), checkpoints, tokenizer, corpora).run()
@@ -115,17 +116,22 @@ class Trainer:
                 f"{self.config.run_path}: {bytes_free / 1e9:.2f} GB are free, and two checkpoints need "
                 f"{2 * bytes_needed / 1e9:.2f} GB; make room or choose another --run-dir"
             )
-        restored = self.checkpoints.restore(*abstract.parts())
-        if restored is None:
+        if converted := self.checkpoints.steps() == [0]:
+            step, model, provenance = restore_model(self.config.run_path, abstract.model)
+            state = jax.jit(init_state, static_argnums=0)(self.config)
+            state = replace(state, model=model, ema=state.ema and jax.tree.map(jnp.copy, model))
+        elif restored := self.checkpoints.restore(*abstract.parts()):
+            step, model, rest, provenance = restored
+            state = TrainState.join(model, rest)
+        else:
             return jax.jit(init_state, static_argnums=0)(self.config), 0
-        step, model, rest, provenance = restored
-        for name in ("tokenizer_sha256", "data"):
+        for name in ("tokenizer_sha256",) if converted else ("tokenizer_sha256", "data"):
             if provenance[name] != self.provenance[name]:
                 raise BadFileError(
                     f"run {self.config.run_path}: its {name} has changed since step {step} was saved; restore what it "
                     f"was trained on, or choose another --run-dir"
                 )
-        return TrainState.join(model, rest), step
+        return state, step
 
     def announce(self, state: TrainState, start: int) -> None:
         """What is about to run, in two lines."""

@@ -162,7 +162,7 @@ HOSTILE = {
     "an unclosed block": ("{% generation %}", "line 1: Unexpected end of template"),
     "an unknown name": ("{{ messages[7].content }}", "UndefinedError: list object has no element 7"),
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
-    "an error of 100 MB": ("{{ {}['x' * 10**8] + 1 }}", "Error: "),
+    "an error of 20 MB": ("{{ {}['x' * 2 * 10**7] + 1 }}", "Error: "),
 }
 
 

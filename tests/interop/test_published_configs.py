@@ -345,6 +345,9 @@ def test_a_model_is_written_as_the_first_family_that_can_hold_it() -> None:
         config = ModelConfig(**fields, dropout=0.1, remat="full")  # type: ignore[arg-type]
         family, hf = write_config(config)
         assert family.model_type == name and read_config(hf, "")[1] == canonical(config)
+    for name, (hf, _, _) in PUBLISHED.items():  # and without a preferred family, as a run has it
+        config = read_config(hf, name)[1]
+        assert read_config(write_config(config)[1], name)[1] == config
     both = rotary | dict(windows=(8, 8))
     assert write_config(ModelConfig(**both), "mistral")[1].keys().isdisjoint({"layer_types", "use_sliding_window"})
     assert write_config(ModelConfig(**rotary | dict(windows=(8, 0))), "phi3")[0].model_type != "phi3"
