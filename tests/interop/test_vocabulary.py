@@ -111,6 +111,12 @@ def test_every_format_cuts_a_text_alike(ours: Tokenizer, tmp_path: Path) -> None
         assert not set(again.encode(text)) & set(again.special_tokens.values())
 
 
+def test_a_text_that_begins_with_the_sign_of_a_space_has_its_dummy_prefix() -> None:
+    llama = MAKERS["llama"]()
+    assert llama.pieces[llama.encode(SPACE + "a")[0]] == SPACE and llama.decode(llama.encode(SPACE)) == SPACE
+    assert llama.encode_batch([SPACE + "a"]) == [llama.encode(SPACE + "a")]
+
+
 @pytest.mark.parametrize("kind", ["bpe", "gemma", "llama", "bytes"])
 def test_gguf_keeps_how_a_text_is_cut(kind: str, tmp_path: Path) -> None:
     ours, texts = MAKERS[kind](), [*TEXTS, *sources()]
