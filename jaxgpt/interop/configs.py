@@ -263,8 +263,11 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
     with _reading(where):
         width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
-        hf["partial_rotary_factor"] = own.get("rope.dimension_count", width) / width
+        rotated = own.get("rope.dimension_count", width)
+        hf["partial_rotary_factor"] = rotated / width
         if factors := tensors.get("rope_freqs.weight"):
+            if factors.shape != (rotated // 2,) or rotated > 2**16:  # what is read before all else is known
+                raise ValueError(f"rope_freqs.weight has the shape {list(factors.shape)}")
             llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             hf = llama3 | hf | {"rope_type": "llama3", "factor": float(factors.read().max())}
         _, config = read_config(hf, where)

@@ -32,15 +32,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).exists()), path / "tokenizer.model")
     where = f"tokenizer {path}"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadFileError(f"{where} is larger than {MAX_BYTES} bytes; restore the file")
-        with reading(where):
-            content = gpt2_json(path) if path.name == "vocab.json" else path.read_bytes()
-            of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-            return of_kind(content, where, _read_settings(path.parent))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise BadFileError(f"{where}: there is no such file; check tokenizer.path") from None
+    if not path.is_file():  # a pipe would be waited for
+        raise BadFileError(f"{where}: there is no such file; check tokenizer.path")
+    if path.stat().st_size > MAX_BYTES:
+        raise BadFileError(f"{where} is larger than {MAX_BYTES} bytes; restore the file")
+    with reading(where):
+        content = gpt2_json(path) if path.name == "vocab.json" else path.read_bytes()
+        of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        return of_kind(content, where, _read_settings(path.parent))
 
 
 def _read_settings(directory: Path) -> Settings:

@@ -1,15 +1,35 @@
-"""Model files byte by byte, so that any part of them can be wrong, and one small Llama in both formats."""
+"""Model files byte by byte, so that any part of them can be wrong; one small Llama in both formats; a time limit."""
 
+import contextlib
 import json
 import math
+import signal
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 U8, U32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 4, 6, 7, 8, 9, 10, 11, 12  # types of values in GGUF
 F32_TENSOR, Q8_0_TENSOR = 0, 8
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # GGUF

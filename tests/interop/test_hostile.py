@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from crafted import (
     LLAMA,
+    at_most,
     declared,
     gguf_file,
     gguf_parts,
@@ -241,6 +242,17 @@ def test_a_gguf_file_with_impossible_factors_of_its_rotation(factors: np.ndarray
     infos.append(info("rope_freqs.weight", factors.shape, offset=len(data)))
     (tmp_path / "m.gguf").write_bytes(gguf_file(settings, infos, data + factors.astype(np.float32).tobytes()))
     assert_refused(tmp_path / "m.gguf", "rope_freqs.weight|rope_factor|factor")
+
+
+@pytest.mark.parametrize("rotated", [8, 2**28])
+def test_factors_of_another_shape_are_not_read(rotated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, infos, data = gguf_parts({"llama.attention.key_length": 2**28, "llama.rope.dimension_count": rotated})
+    content = gguf_file(settings, [*infos, info("rope_freqs.weight", (2**27,), offset=len(data))], data)
+    with open(tmp_path / "m.gguf", "wb") as file:
+        file.write(content)
+        file.truncate(len(content) + 2**29)  # takes no place on the disk
+    monkeypatch.setattr(np, "fromfile", None)
+    assert_refused(tmp_path / "m.gguf", r"rope_freqs.weight has the shape \[134217728\]")
 
 
 # Safetensors
@@ -499,12 +511,13 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
     assert_refused(tmp_path, "there is no model.safetensors; take or make model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"])
 def test_what_is_no_file(name: str, tmp_path: Path) -> None:
     write_directory(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)  # which would be waited for
-    assert_refused(tmp_path, "there is no")
+    with at_most(20), pytest.raises(BadFileError, match="there is no"):
+        load_model(tmp_path)
 
 
 # config.json

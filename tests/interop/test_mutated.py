@@ -1,17 +1,14 @@
 """Thousands of mutated model files: each loads with the right shapes or is refused in one line."""
 
-import contextlib
 import json
 import random
-import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
-from crafted import LLAMA, SETTINGS, gguf_file, gguf_parts, write_directory, write_gguf_file
+from crafted import LLAMA, SETTINGS, at_most, gguf_file, gguf_parts, write_directory, write_gguf_file
 from safetensors import safe_open
 
 from jaxgpt.errors import BadFileError
@@ -65,22 +62,6 @@ def mutated_json(value: Any, draw: random.Random) -> Any:
                 break
             inner, depth = inner[key], depth - 1
     return value
-
-
-@contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer."""
-
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it takes more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def use(path: Path, *, load: bool) -> None:
