@@ -120,7 +120,7 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
 
     samples = options.sampling.num_samples
     with loaded(Path(options.checkpoint), options, options.step) as trained:
-        engine = Engine(trained.model, trained.tokenizer)
+        engine = Engine(trained.model, trained.tokenizer, slots=samples)
         if 0 < (room := engine.room(options.prompt)) < options.sampling.max_new_tokens:
             print(f"jaxgpt: {room} tokens of the context are left, so it ends there at the latest", file=sys.stderr)
         pieces = engine.stream(options.prompt, options.sampling)
@@ -295,7 +295,7 @@ def chat(arguments: list[str], program: str = "jaxgpt chat") -> None:
     from jaxgpt.interop.chat import chat as run
 
     with loaded(Path(options.model), options) as trained:
-        run(Engine(trained.model, trained.tokenizer), trained.tokenizer, options.sampling, options.system)
+        run(Engine(trained.model, trained.tokenizer, slots=1), trained.tokenizer, options.sampling, options.system)
 
 
 VERBS: dict[str, Callable[[list[str], str], None]] = {

@@ -249,5 +249,5 @@ class Trainer:
         if not training.sample_tokens:
             return
         params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
-        (completion,) = Engine(state.averaged, self.tokenizer).generate([training.sample_prompt], params)
+        (completion,) = Engine(state.averaged, self.tokenizer, slots=1).generate([training.sample_prompt], params)
         print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
