@@ -102,22 +102,36 @@ def loaded(path: Path, compute: ComputeOptions, step: int | None = None) -> "Ite
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(ComputeOptions):
-    """Generate text with any model."""
+    """Generate text with any model: continue a prompt, or answer each line of a file."""
 
     checkpoint: str
     """Run directory of train.py, directory of a Hugging Face model, or .gguf file."""
     prompt: str = ""
     """Text to continue."""
+    input: str | None = None
+    """File of prompts, one a line, that are all answered; the options below are the defaults of each line."""
+    output: str | None = None
+    """File for the answers, one JSON object a line. The same command goes on after a kill."""
+    format: Literal["jsonl", "text"] = "jsonl"
+    """What the lines of the input are: JSON, or the prompts themselves."""
+    shard: str = "0/1"
+    """I/N answers only the I-th of N equal parts of the input; `cat` joins the outputs."""
+    slots: int = 8
+    """Lines that are answered at the same time. The answers do not depend on it from 8 on."""
     step: int | None = None
     """Checkpoint of a run to use. Default: the newest intact one."""
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
 
 def generate(arguments: list[str], program: str = "generate.py") -> None:
-    """Continue a prompt with the model of a run."""
+    """Continue a prompt, or answer every line of a file."""
     options = parse(arguments, GenerateOptions, program)
+    if (options.input is None) != (options.output is None) or (options.input and options.prompt):
+        raise ConfigError("generate: give --prompt, or --input with --output")
     from jaxgpt.generation.engine import Engine
 
+    if options.input and options.output:
+        return _generate_batch(options, Path(options.input), Path(options.output))
     samples = options.sampling.num_samples
     with loaded(Path(options.checkpoint), options, options.step) as trained:
         engine = Engine(trained.model, trained.tokenizer, slots=samples)
@@ -125,6 +139,22 @@ def generate(arguments: list[str], program: str = "generate.py") -> None:
             print(f"jaxgpt: {room} tokens of the context are left, so it ends there at the latest", file=sys.stderr)
         pieces = engine.stream(options.prompt, options.sampling)
         _print_samples(pieces, options.prompt, samples)
+
+
+def _generate_batch(options: GenerateOptions, source: Path, target: Path) -> None:
+    from jaxgpt.generation.batch import Job, run_job
+    from jaxgpt.generation.engine import Engine
+    from jaxgpt.interop.chat import encode_chat
+
+    if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", options.shard)):
+        raise ConfigError(f"shard {options.shard!r}: it must be I/N, such as 0/4")
+    of = int(shard[1]), int(shard[2])
+    job = Job(source, target, options.sampling, is_text=options.format == "text", shard=of)
+    with loaded(Path(options.checkpoint), options, options.step) as trained:
+        tokenizer = trained.tokenizer
+        model = f"{options.checkpoint} {options.step} {trained.config} {tokenizer.sha256}"
+        engine = Engine(trained.model, tokenizer, slots=options.slots)
+        run_job(job, engine, lambda messages: encode_chat(tokenizer, messages), model)
 
 
 def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:

@@ -1,5 +1,7 @@
 """Writing files so that a reader, a kill or a power failure sees all of one or nothing of it."""
 
+import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -30,6 +32,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Write all of `content` behind an unbuffered file, or raise OSError and leave the file as it was."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.truncate(end)
+        error.filename = file.name
+        raise
 
 
 def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> dict[str, Any]:

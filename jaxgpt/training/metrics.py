@@ -1,8 +1,6 @@
 """Records of a run: `metrics.jsonl`, TensorBoard and W&B for machines, a live bar or plain lines for people."""
 
 import contextlib
-import errno
-import io
 import json
 import os
 import struct
@@ -19,7 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.files import write_atomically
+from jaxgpt.files import append, write_atomically
 
 Record = dict[str, Any]
 
@@ -40,17 +38,17 @@ class MetricsLog:
         (config.run_path / "tensorboard").mkdir(exist_ok=True)
         board = config.run_path / f"tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self._board = board.open("ab", buffering=0)
-        _append(self._board, _event(step=0, file_version="brain.Event:2"))
-        _append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
+        append(self._board, _event(step=0, file_version="brain.Event:2"))
+        append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
 
     def write(self, record: Record) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
-        _append(self._file, _line(record))
+        append(self._file, _line(record))
         if "val_loss" in record:
             self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}
         scalars = [Summary.Value(tag=name.replace("val_", "val/"), simple_value=x) for name, x in numbers.items()]
-        _append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
+        append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
@@ -63,18 +61,6 @@ class MetricsLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _append(file: io.FileIO, content: bytes) -> None:
-    """Write all of `content`, or raise OSError and leave the file as it was."""
-    end = os.fstat(file.fileno()).st_size
-    try:
-        if file.write(content) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        file.truncate(end)
-        error.filename = file.name
-        raise
 
 
 def _event(**fields: Any) -> bytes:
