@@ -176,7 +176,8 @@ def test_a_hostile_template_ends_in_one_line(name: str) -> None:
     message = str(refused.value)
     assert message.startswith("chat template of m.gguf: ") and message.endswith("; restore it, or use generate.py")
     assert why in message and len(message) < 500 and message.isprintable()
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest, 600 * 1024)
+    inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts what a process had before its exec
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest, inherited, 600 * 1024)
 
 
 def test_time_by_the_clock_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
