@@ -92,7 +92,7 @@ def abstract_settings() -> Settings:
 
     def settings() -> Settings:
         ends_B = shard(jnp.zeros(ROWS, jnp.int32), "B")
-        return Settings(ends_B, jnp.int32(0), jnp.float32(1), jnp.int32(0), jnp.float32(1))
+        return Settings(ends_B, jnp.zeros(1, jnp.int32), jnp.float32(1), jnp.int32(0), jnp.float32(1))
 
     return abstract(settings)
 
