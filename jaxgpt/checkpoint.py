@@ -93,7 +93,6 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def _describe(leaves: Json) -> Json:
-    """What the manifest says of each leaf."""
     # One at a time: sums over several CPU devices wait for each other for ever when many are under way.
     return {
         name: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": jax.device_get(_fingerprint(x)).tolist()}
@@ -241,7 +240,6 @@ class Checkpoints(contextlib.ExitStack):
         self.callback(self.wait)
 
     def steps(self) -> list[int]:
-        """Steps that are there, intact or not, oldest first."""
         return _steps(self._directory)
 
     def save(self, step: int, model: Any, rest: Any, metadata: Any) -> None:

@@ -4,11 +4,11 @@ Few fields, the rest are properties. The same classes make the command line (tyr
 field explains it, the presets in `configs/` and `config.json` in the run directory."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jaxgpt.files import cache_home
 from jaxgpt.model_config import ModelConfig as ModelConfig
 from jaxgpt.model_config import Section, require
 
@@ -17,7 +17,7 @@ from jaxgpt.model_config import Section, require
 class TokenizerConfig(Section):
     """A SentencePiece model: an existing one, or how to train one on the corpus."""
 
-    section = "tokenizer"
+    section = "tokenizer."
 
     path: str | None = None  # An existing SentencePiece .model file; nothing is trained then.
     kind: Literal["bpe", "unigram"] = "bpe"  # Algorithm of the tokenizer that is trained.
@@ -40,7 +40,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it becomes batches."""
 
-    section = "data"
+    section = "data."
 
     # Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory;
     # or @python (this interpreter's standard library) or @shakespeare (38 plays).
@@ -66,8 +66,7 @@ class DataConfig(Section):
 
     @property
     def cache_path(self) -> Path:
-        default = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return Path(self.cache_dir or Path(default, "jaxgpt"))
+        return Path(self.cache_dir or cache_home())
 
 
 _UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}
@@ -77,7 +76,7 @@ _UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}
 class OptimizerConfig(Section):
     """The update rule (Optax), its learning-rate schedule, and what keeps it stable."""
 
-    section = "optimizer"
+    section = "optimizer."
 
     # Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW.
     # adafactor has no betas and no epsilon of its own, lion no epsilon.
@@ -112,7 +111,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The loop: how long, how much at a time, what is reported."""
 
-    section = "training"
+    section = "training."
 
     steps: int = 1000  # Optimizer updates.
     batch_size: int = 32  # Sequences in one update, over all devices.
@@ -146,7 +145,7 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved and which saves stay."""
 
-    section = "checkpoint"
+    section = "checkpoint."
 
     every: int = 250  # Steps between saves; the last step is always saved.
     keep_last: int = 2  # Newest checkpoints that stay.

@@ -46,8 +46,6 @@ class Stopped(JaxgptError):
 class TrainingError(JaxgptError):
     """Training cannot go on, for example because the loss is not finite."""
 
-    exit_status = 70
-
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase `; did you mean A or B?` for a misspelt name, or nothing when none is near."""

@@ -12,6 +12,11 @@ from typing import Any
 from jaxgpt.errors import BadFileError, ConfigError, note
 
 
+def cache_home() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/jaxgpt, or ~/.cache/jaxgpt."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxgpt")
+
+
 def sync(path: Path) -> None:
     """Return when a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -56,7 +61,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
-def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> dict[str, Any]:
+def parse_json(content: str | bytes, where: str, remedy: str = "restore the file") -> dict[str, Any]:
     """A JSON object. Raises BadFileError when it is none, holds NaN, or names a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,7 +73,8 @@ def parse_json(content: bytes, where: str, remedy: str = "restore the file") -> 
         raise ValueError(f"{word} is no JSON")
 
     try:
-        value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        text = content if isinstance(content, str) else content.decode()
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise BadFileError(f"{where} is not valid JSON: {error}; {remedy}") from None
     if not isinstance(value, dict):

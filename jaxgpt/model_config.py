@@ -9,8 +9,7 @@ from typing import ClassVar, Literal, get_args, get_origin
 
 from jaxgpt.errors import ConfigError
 
-VOCAB_MULTIPLE = 128
-"""The embedding's rows are rounded up to this."""
+VOCAB_MULTIPLE = 128  # the embedding's rows are rounded up to this
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_SIZE, _MAX_FLOAT = 1000, 1024, 2**31 - 1, 1e30
 """What a file may claim: every layer and expert has names, which are listed; int32 and float32 must hold the rest."""
 
@@ -23,14 +22,14 @@ def require(condition: bool, message: str) -> None:
 class Section:
     """What the sections of a configuration have in common."""
 
-    section: ClassVar[str]
+    section: ClassVar[str] = ""  # what its fields are called by before their names
 
     def __post_init__(self) -> None:
         """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, choices = getattr(self, f.name), get_args(f.type)
             if get_origin(f.type) is Literal and value not in choices:
-                raise ConfigError(f"{self.section}.{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+                raise ConfigError(f"{self.section}{f.name} is {value!r}: it must be one of {', '.join(choices)}")
 
     def within(self, low: float, high: float, *names: str) -> None:
         """Raise ConfigError when a field is outside [low, high], infinite, or NaN; None is left out."""
@@ -38,20 +37,14 @@ class Section:
             value = getattr(self, name)
             if value is not None and (not low <= value <= high or value == math.inf):
                 bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ConfigError(f"{self.section}.{name} is {value!r:.50}: it must be {bound}")
-
-    def divides(self, whole: str, parts: str, remedy: str) -> None:
-        """Raise ConfigError when the field `whole` is no multiple of `parts`; None is left out."""
-        size, count = getattr(self, whole), getattr(self, parts)
-        message = f"{self.section}.{whole} {size} does not divide by {self.section}.{parts} {count}; {remedy}"
-        require(count is None or size % count == 0, message)
+                raise ConfigError(f"{self.section}{name} is {value!r:.50}: it must be {bound}")
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """One decoder-only transformer; the defaults are GPT-2's choices."""
 
-    section = "model"
+    section = "model."
 
     n_layers: int = 12  # Number of transformer blocks (L).
     d_model: int = 768  # Width of the residual stream (D).
@@ -127,9 +120,11 @@ class ModelConfig(Section):
         self.within(0, 1, "rope_fraction", "norm_epsilon")
         self.within(0, 0.999, "dropout")
         self.within(1e-3, _MAX_FLOAT, "attention_softcap", "logit_softcap")
-        if self.head_dim is None:
-            self.divides("d_model", "n_heads", "change one of them or set model.head_dim")
-        self.divides("n_heads", "n_kv_heads", "change one of them")
+        heads, width = self.n_heads, self.d_model
+        uneven = f"model.d_model {width} does not divide by model.n_heads {heads}; change one or set model.head_dim"
+        require(self.head_dim is not None or width % heads == 0, uneven)
+        uneven = f"model.n_heads {heads} does not divide by model.n_kv_heads {self.n_kv_heads}; change one of them"
+        require(heads % self.kv_heads == 0, uneven)
         if self.positions == "rotary":
             require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
             even = self.rotary_dim % 2 == 0 < self.rotary_dim
@@ -161,7 +156,6 @@ class ModelConfig(Section):
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of each head that are rotated."""
         return int(self.key_dim * self.rope_fraction)
 
     @property
@@ -180,7 +174,6 @@ class ModelConfig(Section):
 
     @property
     def layers_rotate(self) -> tuple[bool, ...]:
-        """Whether each layer rotates queries and keys."""
         return self._each_layer(self.rotary_layers or (True,))
 
     def _each_layer(self, pattern: tuple) -> tuple:

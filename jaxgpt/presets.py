@@ -1,7 +1,6 @@
 """Configurations as files: presets in Python, JSON that round-trips, and what differs between two of them."""
 
 import dataclasses
-import json
 import re
 import runpy
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.errors import BadFileError, ConfigError, JaxgptError, nearest
+from jaxgpt.errors import ConfigError, JaxgptError, nearest
+from jaxgpt.files import parse_json
 
 ROOT = Path(__file__).parents[1]
 _ADAPTER = TypeAdapter(TrainConfig)
@@ -35,12 +35,7 @@ def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
     """Parse `to_json`'s text.
 
     Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file or start a new run") from None
-    if not isinstance(data, dict):
-        raise BadFileError(f"{where} is not a JSON object; restore the file or start a new run")
+    data = parse_json(text, where, "restore the file or start a new run")
     _refuse_unknown_keys(data, TrainConfig, "")
     try:
         return _ADAPTER.validate_python(data)
@@ -69,9 +64,8 @@ def load_preset(name: str) -> TrainConfig:
     except JaxgptError:
         raise
     except Exception as error:  # the user's own code; the usual mistake is a field that does not exist
-        wrong = re.search(
-            r"unexpected keyword argument '(\w+)'$", str(error)
-        )  # newer Pythons propose a name themselves
+        # Newer Pythons propose a name themselves.
+        wrong = re.search(r"unexpected keyword argument '(\w+)'$", str(error))
         near = nearest(wrong[1], {key.rpartition(".")[2] for key in flatten(TrainConfig())}) if wrong else ""
         what = f"{type(error).__name__}: {error}{near}"
         raise ConfigError(f"configuration {name}: {what}; mend it, --debug shows where") from error

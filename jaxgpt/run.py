@@ -66,7 +66,6 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 def write_run(config: TrainConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
-    """Put the configuration and the tokenizer into the run directory."""
     tokenizer.write(run_dir)
     write_atomically(run_dir / "config.json", to_json(config).encode())
 

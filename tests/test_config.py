@@ -125,8 +125,6 @@ def test_an_unknown_key_names_its_neighbours(wrong: dict, message: str) -> None:
         ('{"model": {"n_layers": 2.5}}', ["run.json: model.n_layers", "integer"]),
         ('{"model": {"positions": "rotray"}}', ["run.json: model.positions", "rotary"]),
         ('{"model": 3}', ["run.json: model"]),
-        ('{"optimizer": {"peak_lr": NaN}}', ["optimizer.peak_lr is nan"]),
-        ('{"training": {"z_loss": Infinity}}', ["training.z_loss is inf"]),
         ('{"model": {"n_heads": 7}}', ["model.d_model 768 does not divide by model.n_heads 7"]),
     ],
 )
@@ -137,7 +135,7 @@ def test_an_illegal_value_in_json_is_refused_by_name(text: str, fragments: list[
     assert all(fragment in message for fragment in fragments) and "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "[" * 100_000, '{"name": "\udcff"'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "[" * 100_000, '{"name": "\udcff"', '{"model": NaN}'])
 def test_what_is_not_a_json_object_is_a_bad_file(text: str) -> None:
     with pytest.raises(BadFileError, match=r"^run.json is not .*; restore the file or start a new run$") as caught:
         from_json(text, "run.json")

@@ -132,7 +132,8 @@ def test_another_tokenizer_is_refused(command: Callable[..., Any], tiny: TrainCo
     """First by its path, then, where that is allowed or the same, by its content."""
     for name, module in (("one", "ast"), ("two", "shutil")):
         source = Path(sysconfig.get_path("stdlib"), f"{module}.py").read_text("utf-8")
-        train_tokenizer([source], TokenizerConfig(vocab_size=500)).save(tmp_path / f"{name}.model")
+        trained = train_tokenizer([source], TokenizerConfig(vocab_size=500))
+        (tmp_path / f"{name}.model").write_bytes(trained.model_bytes)
     training = dataclasses.replace(tiny.training, steps=1, eval_every=0, eval_batches=1)
     tokenizer = TokenizerConfig(path=str(tmp_path / "one.model"))
     config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), training=training, tokenizer=tokenizer)
@@ -336,7 +337,8 @@ def no_tokenizer(run_dir: Path) -> None:
 
 def other_tokenizer(run_dir: Path) -> None:
     source = Path(sysconfig.get_path("stdlib"), "ast.py").read_text("utf-8")
-    train_tokenizer([source], TokenizerConfig(vocab_size=500)).save(run_dir / "tokenizer.model")
+    trained = train_tokenizer([source], TokenizerConfig(vocab_size=500))
+    (run_dir / "tokenizer.model").write_bytes(trained.model_bytes)
 
 
 def truncated_config(run_dir: Path) -> None:

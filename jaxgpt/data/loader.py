@@ -101,8 +101,7 @@ class Loader:
         return _read(self._corpora, "train", corpus_of_row, begins, self._length, f"training step {step}")
 
     def __len__(self) -> int:
-        """Training never runs out: the number of steps that can be asked for."""
-        return 2**31
+        return 2**31  # steps that can be asked for: training never runs out
 
     def documents(self, step: int) -> list[str]:
         """The names of the documents in this host's rows of batch `step`, for error reports."""
@@ -142,7 +141,6 @@ class EvalWindows:
         self._windows = np.concatenate([windows, padding], axis=1).reshape(2, -1, batch_size)
 
     def __len__(self) -> int:
-        """Batches; 0 when nothing is held out."""
         return self._windows.shape[1]
 
     def __getitem__(self, index: int) -> Batch:

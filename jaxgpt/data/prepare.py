@@ -77,7 +77,7 @@ def _choose_tokenizer(
         trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
         for corpus in corpora:
             corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
-        trained.save(path)
+        write_atomically(path, trained.model_bytes)
     return load_tokenizer(path)
 
 
@@ -156,7 +156,6 @@ class TextCorpus:
         return Survey(text_bytes, problems, cut)
 
     def parts(self, *, held_out: bool) -> Iterator[Document]:
-        """The documents of one side, in order."""
         cut = self.survey.cut
         for number, begin, by_hash, part in self._read(Problems(self.data.max_bad_documents)):
             if cut and number == cut[0]:
@@ -257,7 +256,6 @@ def _encode(parts: Iterator[Document], tokenizer: Tokenizer, what: str) -> Itera
 
 
 def _take(parts: Iterator[Document]) -> list[Document]:
-    """The next documents, BATCH_CHARACTERS of them."""
     batch: list[Document] = []
     characters = 0
     while characters < BATCH_CHARACTERS and (part := next(parts, None)):

@@ -40,7 +40,6 @@ class TokenStream:
         self._name_files = name_files
 
     def __len__(self) -> int:
-        """Tokens in all."""
         return self._ends[-1] if self._ends else 0
 
     def rows(self, begins: Sequence[int], length: int) -> np.ndarray:
@@ -82,7 +81,6 @@ class Corpus:
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """How its tokens are stored."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
@@ -131,23 +129,19 @@ def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
 
 
 def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[str, Any]) -> None:
-    """Mark a prepared directory as complete."""
     identity = {"name": name, "dtype": token_dtype(tokenizer).name, "vocab_size": tokenizer.vocab_size}
     meta = {"format": FORMAT, **identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
     write_atomically(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
 
 
-def open_tokenized(path: Path, tokenizer: Tokenizer) -> Corpus:
-    """Open a prepared directory, or what `open_nanogpt` opens."""
-    is_prepared = (path / "meta.json").exists()
-    return open_prepared(path, tokenizer) if is_prepared else open_nanogpt(path, tokenizer.vocab_size)
-
-
-def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
+def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES.
 
-    Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""
+    Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer. Without meta.json
+    it is nanoGPT's."""
     path = directory / "meta.json"
+    if not path.exists():
+        return open_nanogpt(directory, tokenizer.vocab_size)
     meta = _read_json(path)
     if meta.get("format") != FORMAT:
         raise _bad(path, f"is of format {meta.get('format')}, and this version reads {FORMAT}")
@@ -171,7 +165,6 @@ def open_prepared(directory: Path, tokenizer: Tokenizer) -> Corpus:
 
 
 def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype: np.dtype) -> TokenStream:
-    """Map every shard of a split into memory."""
     opened, starts, name_files, base = [], [np.empty(0, np.int64)], [], 0
     for number, shard in enumerate(shards):
         stem = directory / f"{split}_{number:05}"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.errors import ConfigError
+from jaxgpt.errors import ConfigError, note
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.interop.chat_template import render
@@ -52,9 +52,9 @@ def fit(engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, str]], ma
     while engine.room(ids := encode_chat(tokenizer, messages)) < wanted and len(messages) > first + 2:
         del messages[first : first + 2]
     if forgotten := before - len(messages):
-        _say(f"the context of {context} tokens is full: the {forgotten} oldest messages are forgotten")
+        note(f"the context of {context} tokens is full: the {forgotten} oldest messages are forgotten")
     if 0 < (room := engine.room(ids)) < max_new_tokens:
-        _say(f"{room} tokens of the context are left, so the answer ends there at the latest")
+        note(f"{room} tokens of the context are left, so the answer ends there at the latest")
     return ids
 
 
@@ -70,7 +70,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (`input` edits lines with it)
-        _say("Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves")
+        note("Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # which the tokenizer refuses by name
     while (line := _next_line(terminal)) not in (None, "/exit"):
@@ -86,7 +86,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
             except stop:
                 pass
             except refusal as error:
-                _say(str(error))
+                note(str(error))
                 messages.pop()
                 continue
             print()
@@ -100,7 +100,3 @@ def _next_line(terminal: bool) -> str | None:
     except end:
         print(end="\n" if terminal else "")
         return None
-
-
-def _say(text: str) -> None:
-    print(f"jaxgpt: {text}", file=sys.stderr, flush=True)

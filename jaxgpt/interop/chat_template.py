@@ -14,10 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-MAX_TEMPLATE, MAX_TEXT = 2**20, 4 * 2**20
-"""Characters of a template (the longest in use have 2**15), and of what it writes."""
-CPU_SECONDS, SECONDS, MEMORY = 2, 5, 512 * 2**20
-"""Computing time, time by the clock, and address space in bytes (of which Python takes 30 MB)."""
+MAX_TEMPLATE, MAX_TEXT = 2**20, 4 * 2**20  # characters of a template (the longest have 2**15), of what it writes
+CPU_SECONDS, SECONDS, MEMORY = 2, 5, 512 * 2**20  # computing, by the clock; address space (Python takes 30 MB)
 
 
 def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "chat template", **more: Any) -> str:

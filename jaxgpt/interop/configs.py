@@ -40,8 +40,7 @@ _SCALING = {  # the fields that each kind of scaling uses
     ),
 }  # fmt: skip
 _SCALED = {name for names in _SCALING.values() for name in names}
-_MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")
-"""Fields of ModelConfig that say how to train and compute, which no other tool's file holds."""
+_MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
 
 
 def _unused(config: ModelConfig) -> set[str]:
@@ -123,7 +122,6 @@ def _flat(hf: Json) -> Json:
 
 
 def _usual_longrope(hf: Json) -> Json:
-    """What transformers takes where a longrope model does not say it."""
     original = hf["original_max_position_embeddings"]
     factor = hf.get("factor", hf["max_position_embeddings"] / original)
     usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -131,7 +129,6 @@ def _usual_longrope(hf: Json) -> Json:
 
 
 def _model_config(hf: Json, family: Family, where: str) -> ModelConfig:
-    """All but what differs between layers."""
     keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
     found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
     fields = family.fixed | {name: hf[key] for name, key in found.items() if key in hf}
@@ -200,7 +197,6 @@ def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 
 def _values(config: ModelConfig) -> Json:
-    """The fields as files have them, without those that mean nothing."""
     values = dataclasses.asdict(config) | {"windows": max(config.layer_windows) or None}
     values["rotary_layers"] = [int(rotates) for rotates in config.layers_rotate]
     if values["query_scalar"] % 1 == 0:

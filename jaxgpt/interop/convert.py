@@ -2,12 +2,11 @@
 
 A target appears whole or not at all: it is written beside and renamed when it is complete."""
 
-import dataclasses
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jaxgpt.interop.load import load_model
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.vocabulary import gguf_metadata, write_tokenizer
 from jaxgpt.interop.weights import Layout, stored_tensors
-from jaxgpt.model import Transformer
 from jaxgpt.run import TrainedModel, write_run
 
 Format = Literal["jaxgpt", "hf", "gguf"]
@@ -57,10 +55,7 @@ def convert(source: Path, target: Path, to: Format, dtype: Precision) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
@@ -106,21 +101,12 @@ def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
         print(f"jaxgpt: {what}", file=sys.stderr)
 
 
-@dataclasses.dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """How near two models are on one prompt."""
 
     max_logit_difference: float
-    kl: float
-    """Mean Kullback-Leibler divergence of the second's next-token distributions from the first's, in nats."""
-    top1: float
-    """Share of positions where both find the same token most probable."""
-
-    def __str__(self) -> str:
-        return (
-            f"max logit difference {self.max_logit_difference:.2g}, KL divergence {self.kl:.2g} nats, "
-            f"top-1 agreement {100 * self.top1:.1f} %"
-        )
+    kl: float  # mean Kullback-Leibler divergence of the second's next-token distributions from the first's, in nats
+    top1: float  # share of positions where both find the same token most probable
 
 
 def compare(source: Path, target: Path) -> Agreement:
@@ -128,16 +114,11 @@ def compare(source: Path, target: Path) -> Agreement:
     first, second = load_model(source), load_model(target)
     ids = first.tokenizer.encode(_PROMPT, bos=True)
     if second.tokenizer.encode(_PROMPT, bos=True) != ids:
-        raise JaxgptError(
-            f"convert: the tokenizers of {source} and {target} cut the same text differently; report this"
-        )
-    a, b = (_log_probabilities(each.model, ids[: first.config.context_length]) for each in (first, second))
-    divergence = (np.exp(a[1]) * (a[1] - b[1])).sum(-1).mean()
-    same = (a[0].argmax(-1) == b[0].argmax(-1)).mean()
-    return Agreement(float(np.abs(a[0] - b[0]).max()), float(divergence), float(same))
-
-
-def _log_probabilities(model: Transformer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    forward = jax.jit(lambda model, tokens_BT: model.logits(model(tokens_BT)[0])[0])
-    logits = forward(model, jnp.array([ids], jnp.int32))
-    return np.asarray(logits, np.float64), np.asarray(jax.nn.log_softmax(logits), np.float64)
+        raise JaxgptError(f"convert: the tokenizers of {source} and {target} cut the same text differently")
+    tokens_BT = jnp.array([ids[: first.config.context_length]], jnp.int32)
+    forward = jax.jit(lambda model: model.logits(model(tokens_BT)[0])[0])
+    a_TV, b_TV = (np.asarray(forward(each.model), np.float64) for each in (first, second))
+    log_p_TV, log_q_TV = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (a_TV, b_TV))
+    divergence = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(-1).mean()
+    same = (a_TV.argmax(-1) == b_TV.argmax(-1)).mean()
+    return Agreement(float(np.abs(a_TV - b_TV).max()), float(divergence), float(same))

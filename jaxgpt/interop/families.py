@@ -11,12 +11,9 @@ from jaxgpt.errors import BadFileError, nearest
 class Row(NamedTuple):
     """One parameter and where it is stored. `{}` is the number of the layer, `{e}` that of an expert."""
 
-    name: str
-    """The parameter, as `parameter_name` gives it, without `layers.`."""
-    axes: str
-    """The letters of our axes."""
-    stored: str
-    """Those of the stored tensor; letters without a space between them are merged into one axis."""
+    name: str  # the parameter, as `parameter_name` gives it, without `layers.`
+    axes: str  # the letters of our axes
+    stored: str  # those of the stored tensor; letters without a space between them are merged into one axis
     hf: str
     gguf: str
 
@@ -33,38 +30,28 @@ class Family:
     """One entry of the table."""
 
     model_type: str
-    architecture: str
-    """The class of transformers."""
-    gguf: str
-    """`general.architecture` of its GGUF files."""
+    architecture: str  # the class of transformers
+    gguf: str  # `general.architecture` of its GGUF files
     rows: tuple[Row, ...]
-    fixed: dict[str, Any]
-    """Fields of ModelConfig that are the same in all models of the family."""
-    keys: dict[str, str]
-    """Field of ModelConfig -> key of config.json; A|B reads either and writes A."""
-    gguf_keys: dict[str, str]
-    """Field of ModelConfig -> key of GGUF, after the architecture."""
-    requires: dict[str, list]
-    """Legal values of keys of config.json: nothing else is implemented. The first is written."""
-    defaults: dict[str, Any]
-    """Values of keys that a config.json leaves out."""
+    fixed: dict[str, Any]  # fields of ModelConfig that are the same in all models of the family
+    keys: dict[str, str]  # field of ModelConfig -> key of config.json; A|B reads either and writes A
+    gguf_keys: dict[str, str]  # field of ModelConfig -> key of GGUF, after the architecture
+    requires: dict[str, list]  # the only values of keys of config.json that are implemented; the first is written
+    defaults: dict[str, Any]  # values of keys that a config.json leaves out
+    # Where config.json has no `layer_types`, every so manyth layer has no window; 0: all have one, 1: there must be
+    # `layer_types`, -1: all have one, and there is none.
     window_period: int = 0
-    """Where config.json has no `layer_types`, every so manyth layer has no window; 0: all have one, 1: there must be
-    `layer_types`, -1: all have one, and there is none."""
-    prefix: str = ""
-    """Tensors may be stored without this prefix."""
+    prefix: str = ""  # tensors may be stored without this prefix
+    # Tensors that older files hold although they are computed; they are counted and left out.
     buffers: str = r".*\.rotary_emb\.inv_freq"
-    """A pattern of tensors that older files hold although they are computed; they are counted and left out."""
-    transposed: bool = False
-    """Safetensors hold matrices [in, out]."""
-    interleaved: bool = False
-    """In GGUF, the rows of each head of q and k are in the order of pairs (0, K/2, 1, K/2 + 1 ...)."""
+    transposed: bool = False  # safetensors hold matrices [in, out]
+    interleaved: bool = False  # in GGUF, the rows of each head of q and k are in the order 0, K/2, 1, K/2 + 1 ...
+    # Field of ModelConfig -> tensor that is in a GGUF file where the field is true.
     gguf_tensors: dict[str, str] = field(default_factory=dict)
-    """Field of ModelConfig -> tensor that is in a GGUF file where the field is true."""
+    # Values of keys of config.json that GGUF does not hold, since its readers know no other.
     gguf_assumes: dict[str, Any] = field(default_factory=dict)
-    """Values of keys of config.json that GGUF does not hold, since its readers know no other."""
+    # Layers of the models whose query scalar is d_model / n_heads: GGUF holds none, and others have head_dim.
     gguf_wide_scalar: tuple[int, ...] = ()
-    """Layers of the models whose query scalar is d_model / n_heads: GGUF holds none, and others have head_dim."""
 
     def key(self, name: str) -> str:
         """The key of config.json that is written for a field of ModelConfig; empty where there is none."""

@@ -28,8 +28,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_HEADER, _MAX_NUMBERS = 2**25, 2**22
 """Bytes, and numbers and lengths of texts, each of which may take 40 times its bytes in memory. The 262,144 tokens of
 Gemma 3 make 7 MB with 786,432 of them; with half a million merges it would be 17 MB with 1.3 million."""
-_GROUP_ELEMENTS = 2**18
-"""Quantised numbers that are expanded at a time: what is made on the way then fits into a cache."""
+_GROUP_ELEMENTS = 2**18  # that are expanded at a time: what is made on the way then fits into a cache
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ import ml_dtypes
 import numpy as np
 
 PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-MAX_TENSORS = 100_000
-"""In a model's files: Qwen3-235B has 37,000, and what is known of each takes about 2 kB before anything is read."""
-TensorWriter = Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]
-"""Name, row-major shape, kind, and a function that gives the array when its turn comes."""
+MAX_TENSORS = 100_000  # in a model's files: Qwen3-235B has 37,000, and each takes 2 kB before anything is read
+TensorWriter = Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]  # name, shape, kind, what reads it
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,7 @@ class StoredTensor:
     quantised data. It reads only then, and nothing stays in memory when the array is dropped."""
 
     shape: tuple[int, ...]
-    kind: str
-    """The type in the file: F32, F16, BF16, Q4_K ..."""
+    kind: str  # the type in the file: F32, F16, BF16, Q4_K ...
     read: Callable[[], np.ndarray]
 
 

@@ -14,8 +14,7 @@ from jaxgpt.model import Transformer, new_cache
 from jaxgpt.sharding import batch_parts, shard
 
 _LENGTH = 48
-_WINDOW = 64
-"""Longer windows are checked at this length: a layer's scores for 4096 tokens take gigabytes."""
+_WINDOW = 64  # longer windows are checked at this length: a layer's scores for 4096 tokens take gigabytes
 
 
 class Check(NamedTuple):

@@ -55,7 +55,6 @@ class Layout:
         return axis_sizes(self.config) | {"V": self.config.vocab_size or 0}
 
     def shape(self, row: Row) -> tuple[int, ...]:
-        """What `row` takes of its stored tensor."""
         sizes = self.sizes()
         return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.axes(row))
 
@@ -71,7 +70,6 @@ class Layout:
         return tuple(shape)
 
     def each(self, template: str) -> Iterator[tuple[str, int | None, int | None]]:
-        """The name, layer and expert of each tensor."""
         layers = range(self.config.n_layers) if "{}" in template else [None]
         experts = range(self.config.n_experts) if "{e}" in template else [None]
         return ((template.format(layer, e=expert), layer, expert) for layer in layers for expert in experts)

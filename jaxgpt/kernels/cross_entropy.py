@@ -24,13 +24,16 @@ class LossOptions(NamedTuple):
     chunks: int = 1
 
 
+def output_logits(x_BTD: jax.Array, w_VD: jax.Array, softcap: float | None) -> jax.Array:
+    """Capped float32 logits [B, T, V], of padding rows too."""
+    where = out_sharding("BTV")
+    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=where)
+    return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
+
+
 def _logits(x_BTD: jax.Array, w_VD: jax.Array, options: LossOptions) -> jax.Array:
     """Capped float32 logits [B, T, V]; padding rows get the lowest finite number."""
-    logits_BTV = jnp.einsum(
-        "BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=out_sharding("BTV")
-    )
-    if options.softcap is not None:
-        logits_BTV = options.softcap * jnp.tanh(logits_BTV / options.softcap)
+    logits_BTV = output_logits(x_BTD, w_VD, options.softcap)
     if options.vocab_size < w_VD.shape[0]:
         real = jnp.arange(w_VD.shape[0]) < options.vocab_size
         logits_BTV = jnp.where(real[None, None], logits_BTV, jnp.finfo(jnp.float32).min)

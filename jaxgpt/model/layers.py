@@ -4,6 +4,9 @@ Modules are dataclasses with initialisers: parameters are float32 `nnx.Param`s, 
 method is a pure function. Letters: B batch, T query length, S key length, D model width, H query heads,
 G key/value heads, K head width, F feed-forward width."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,7 +30,6 @@ def normal(rngs: nnx.Rngs, axes: str, shape: tuple[int, ...], std: float) -> nnx
 
 
 def constant(axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
-    """A parameter that starts as one value."""
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=parameter_sharding(axes)))
 
 
@@ -104,8 +106,7 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles_BTK), jnp.cos(angles_BTK)], axis=-1)
 
 
-LayerCache = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, both [B, S, G, K]; the token at position p lives in slot p."""
+LayerCache = tuple[jax.Array, jax.Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 
 
 class Attention(nnx.Module):
@@ -147,17 +148,12 @@ class Attention(nnx.Module):
         return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), cache
 
 
-def activate(x: jax.Array, name: str) -> jax.Array:
-    """The non-linearity of that name."""
-    match name:
-        case "gelu":
-            return jax.nn.gelu(x, approximate=False)
-        case "gelu_tanh":
-            return jax.nn.gelu(x, approximate=True)
-        case "silu":
-            return jax.nn.silu(x)
-        case _:
-            return jax.nn.relu(x)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
 
 
 class FeedForward(nnx.Module):
@@ -165,7 +161,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         bias = config.mlp_bias
-        self.activation = config.activation
+        self.activate = ACTIVATIONS[config.activation]
         self.up = Projection("BTD,DF->BTF", config, rngs, bias=bias)
         self.gate = Projection("BTD,DF->BTF", config, rngs, bias=bias) if config.gated_mlp else None
         self.down = Projection("BTF,FD->BTD", config, rngs, bias=bias, residual=True)
@@ -173,15 +169,15 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
         """The result, and that there are no losses of a router."""
         if self.gate is None:
-            return self.down(activate(self.up(x_BTD), self.activation)), None
-        return self.down(activate(self.gate(x_BTD), self.activation) * self.up(x_BTD)), None
+            return self.down(self.activate(self.up(x_BTD))), None
+        return self.down(self.activate(self.gate(x_BTD)) * self.up(x_BTD)), None
 
 
 class Experts(nnx.Module):
     """Several gated feed-forward networks, of which a router takes a few for each token."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.activation, self.normalize = config.activation, config.normalize_experts
+        self.activate, self.normalize = ACTIVATIONS[config.activation], config.normalize_experts
         self.count = config.experts_per_token
         self.router = Projection("BTD,DE->BTE", config, rngs, bias=False)
         self.gate = Projection("BTD,EDF->BTEF", config, rngs, bias=False)
@@ -193,7 +189,7 @@ class Experts(nnx.Module):
         logits_BTE = self.router(x_BTD.astype(jnp.float32))
         weights_BTM, experts_BTM = route(logits_BTE, self.count, self.normalize)
         gate, up, down = (weight(p.kernel, p.kernel_axes, x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        y_BTD = mixture(x_BTD, weights_BTM, experts_BTM, (gate, up, down), lambda x: activate(x, self.activation))
+        y_BTD = mixture(x_BTD, weights_BTM, experts_BTM, (gate, up, down), self.activate)
         return y_BTD, router_losses(logits_BTE, experts_BTM)
 
 

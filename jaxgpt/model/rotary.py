@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxgpt.model_config import ModelConfig
 
-Rotation = tuple[jax.Array, jax.Array]
-"""Cosines and sines [B, T, 1, rotary_dim / 2]: how far the queries and keys of each position are turned."""
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, 1, rotary_dim / 2] of each position's turn
 
 
 def frequencies(config: ModelConfig, theta: float, scaling: str, length: int) -> np.ndarray:

@@ -12,21 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.kernels.attention import attention_mask
+from jaxgpt.kernels.cross_entropy import output_logits
 from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, sinusoids, weight
 from jaxgpt.model.rotary import Rotation, rotary_kinds, rotations_of
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
-
-class Cache(NamedTuple):
-    """Keys and values of all layers, one pair of arrays [B, S, G, K] a layer, so that each is updated in place."""
-
-    layers: tuple[LayerCache, ...]
-
-    @property
-    def length(self) -> int:
-        """Slots (S): the number of positions that fit."""
-        return self.layers[0][0].shape[1]
+Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, so that each is updated in place
 
 
 class _Context(NamedTuple):
@@ -83,7 +75,7 @@ class Transformer(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
-        length = tokens_BT.shape[1] if cache is None else cache.length
+        length = tokens_BT.shape[1] if cache is None else cache[0][0].shape[1]
         context = _Context(positions_BT, segments_BT, *self._rotations(positions_BT, length))
         if cache is None:
             x_BTD, losses = self._train_layers(x_BTD, context, keys[1])
@@ -94,7 +86,6 @@ class Transformer(nnx.Module):
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
     def _rotations(self, positions_BT: jax.Array, length: int) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
-        """The distinct rotations, and the number of the one that each layer uses."""
         config = self.config
         if config.positions != "rotary":
             return (None,), (0,) * config.n_layers
@@ -152,16 +143,16 @@ class Transformer(nnx.Module):
 
     def _cached_layers(self, x_BTD: jax.Array, context: _Context, cache: Cache) -> tuple[jax.Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
-        slots_BS = jnp.arange(cache.length, dtype=jnp.int32)[None]
+        slots_BS = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None]
         new = []
         positions_BT, _, rotations, kinds = context
         windows = self.config.layer_windows
-        for layer, window, kind, old in zip(self._each_layer(), windows, kinds, cache.layers, strict=True):
+        for layer, window, kind, old in zip(self._each_layer(), windows, kinds, cache, strict=True):
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
             x_BTD, layer_cache, _ = layer(x_BTD, mask_BTS, rotations[kind], positions_BT, old, None)
             assert layer_cache is not None
             new.append(layer_cache)
-        return x_BTD, Cache(tuple(new))
+        return x_BTD, tuple(new)
 
     def _each_layer(self) -> tuple[Block, ...]:
         if isinstance(self.layers, tuple):
@@ -181,16 +172,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 scores [B, T, V] of the next token, V the true vocabulary."""
-        equation = "BTD,VD->BTV"
-        logits_BTV = jnp.einsum(
-            equation,
-            x_BTD,
-            self.output_embedding(),
-            preferred_element_type=jnp.float32,
-            out_sharding=out_sharding("BTV"),
-        )
-        if self.config.logit_softcap is not None:
-            logits_BTV = self.config.logit_softcap * jnp.tanh(logits_BTV / self.config.logit_softcap)
+        logits_BTV = output_logits(x_BTD, self.output_embedding(), self.config.logit_softcap)
         return shard(logits_BTV, "BT_")[..., : self.config.vocab_size]
 
 
@@ -213,7 +195,7 @@ def new_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` sequences of up to `length` tokens, in the compute dtype."""
     shape = (batch_size, length, config.kv_heads, config.key_dim)
     empty = lambda: jnp.zeros(shape, jnp.dtype(config.dtype), out_sharding=out_sharding("BSGK"))  # noqa: E731
-    return Cache(tuple((empty(), empty()) for _ in range(config.n_layers)))
+    return tuple((empty(), empty()) for _ in range(config.n_layers))
 
 
 def parameter_name(path: tuple) -> str:

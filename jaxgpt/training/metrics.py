@@ -34,7 +34,6 @@ class MetricsLog:
         kept = _records_until(path, step)
         write_atomically(path, b"".join(_line(record) for record in kept))
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
-        """Steps whose evaluation is recorded."""
         self._file = path.open("ab", buffering=0)
         # Not tensorboardX's SummaryWriter: it writes in a thread, which a full disk ends, and training waits for ever.
         (config.run_path / "tensorboard").mkdir(exist_ok=True)

@@ -1,7 +1,6 @@
 """The update rule: Optax transformations chosen by the configuration, and the learning-rate schedule."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,9 +44,7 @@ def _muon_dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumber
     return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
 
 
-def _of_each(choose: Callable[..., Any]) -> Callable[[Any], Any]:
-    """The tree of `choose(path, parameter)`, as a function of a tree of parameters."""
-    return functools.partial(jax.tree_util.tree_map_with_path, choose)
+_of_each = functools.partial(functools.partial, jax.tree_util.tree_map_with_path)  # choose(path, p) -> tree -> tree
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

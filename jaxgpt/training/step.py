@@ -30,7 +30,6 @@ class TrainState:
 
     @property
     def averaged(self) -> Transformer:
-        """The parameters to evaluate and sample with."""
         return self.model if self.ema is None else self.ema
 
     def parts(self) -> tuple[Transformer, dict[str, Any]]:
@@ -40,7 +39,6 @@ class TrainState:
 
     @classmethod
     def join(cls, averaged: Transformer, rest: dict[str, Any]) -> "TrainState":
-        """The state of `parts`."""
         raw = rest["raw_model"]
         model, ema = (averaged, None) if raw is None else (raw, averaged)
         return cls(rest["step"], model, rest["optimizer"], ema)
@@ -55,7 +53,6 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
-    """The static choices of the loss."""
     assert config.model.vocab_size is not None
     return LossOptions(
         config.model.vocab_size, config.model.logit_softcap, config.training.z_loss, config.training.loss_chunks

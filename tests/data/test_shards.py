@@ -19,7 +19,7 @@ from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data import prepare as prepare_module
 from jaxgpt.data.loader import Loader
 from jaxgpt.data.prepare import prepare_corpora
-from jaxgpt.data.shards import Corpus, TokenStream, open_nanogpt, open_prepared
+from jaxgpt.data.shards import Corpus, TokenStream, open_nanogpt, open_tokenized
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -192,7 +192,7 @@ def test_two_processes_at_once(tmp_path: Path, pages: Path) -> None:
     assert "reusing" in "".join(finish(process) for process in processes)
     (directory,) = (tmp_path / "data").iterdir()
     assert not list(directory.glob("*.tmp"))
-    open_prepared(directory, load_tokenizer(directory / "tokenizer.model"))
+    open_tokenized(directory, load_tokenizer(directory / "tokenizer.model"))
 
 
 def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
@@ -217,16 +217,16 @@ def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
             changed(directory / name, damage((directory / name).read_bytes())),
             pytest.raises(BadFileError, match=f"{name}: {message}") as caught,
         ):
-            open_prepared(directory, tokenizer)
+            open_tokenized(directory, tokenizer)
         assert "\n" not in str(caught.value)
-    assert open_prepared(directory, tokenizer).fingerprint == corpus.fingerprint
+    assert open_tokenized(directory, tokenizer).fingerprint == corpus.fingerprint
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path, pages: Path, text_dir: Path) -> None:
     _, (corpus,), _ = prepare(tmp_path, pages)
     other, _, _ = prepare(tmp_path, text_dir)
     with pytest.raises(BadFileError, match=f"come from tokenizer .*, not from {other.sha256[:12]}; set tokenizer.path"):
-        open_prepared(corpus.directory, other)
+        open_tokenized(corpus.directory, other)
 
 
 def test_prepared_and_nanogpt_directories_are_opened(tmp_path: Path, pages: Path, text_dir: Path) -> None:
