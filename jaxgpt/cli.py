@@ -21,7 +21,7 @@ from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.errors import ConfigError, JaxgptError, nearest, run_command
+from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 
@@ -99,11 +99,12 @@ class Compute:
         import jax
 
         from jaxgpt.interop.load import load_model, model_config
+        from jaxgpt.programs import kept_programs
         from jaxgpt.sharding import check_divides, make_mesh
 
         mesh = make_mesh(self.mesh, jax.devices()[: self.mesh.size])
         check_divides(mesh, model_config(path))
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), kept_programs():
             yield load_model(path, step=step, dtype=self.dtype)
 
 
@@ -120,9 +121,9 @@ class Generate(Compute):
         from jaxgpt.generation.engine import Engine
 
         with self.load(self.checkpoint, self.step) as trained:
-            engine = Engine(trained.model, trained.tokenizer)
+            engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples)
             if 0 < (room := engine.room(self.prompt)) < self.sampling.max_new_tokens:
-                print(f"jaxgpt: {room} tokens of the context are left, so it ends there at the latest", file=sys.stderr)
+                note(f"{room} tokens of the context are left, so it ends there at the latest")
             _print_samples(engine.stream(self.prompt, self.sampling), self.prompt, self.sampling.num_samples)
 
 
@@ -165,12 +166,9 @@ class Tokenize:
         heads = ["piece"] if len(cuts) == 1 else [chr(ord("A") + i) for i in range(len(cuts))]
         table = Table(*(head for name in heads for head in (name, "id")), "bytes", box=None, pad_edge=False)
         for spans in _side_by_side(cuts):
-            cells = []
-            for rows in spans:
-                cells += ["\n".join(repr(piece)[1:-1] for piece, _, _ in rows)]
-                cells += ["\n".join(str(token) for _, token, _ in rows)]
+            columns = [part for rows in spans for part in ([repr(r[0])[1:-1] for r in rows], [str(r[1]) for r in rows])]
             raw = min((b"".join(raw for _, _, raw in rows) for rows in spans), key=len)  # without a dummy prefix
-            table.add_row(*cells, raw.hex(" "))
+            table.add_row(*map("\n".join, columns), raw.hex(" "))
         print_table(table)
         size = len(text.encode())
         for name, path, rows in zip(heads, self.tokenizer, cuts, strict=True):
@@ -216,7 +214,9 @@ class Convert:
             convert(self.source, self.target, self.to, self.dtype)
             print(f"wrote {self.target}")
             if self.check:
-                print(compare(self.source, self.target))
+                difference, kl, top1 = compare(self.source, self.target)
+                figures = f"KL divergence {kl:.2g} nats, top-1 agreement {100 * top1:.1f} %"
+                print(f"max logit difference {difference:.2g}, {figures}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +260,10 @@ class Chat(Compute):
         from jaxgpt.interop.chat import chat
 
         with self.load(self.model) as trained:
-            chat(Engine(trained.model, trained.tokenizer), trained.tokenizer, self.sampling, self.system)
+            chat(Engine(trained.model, trained.tokenizer, slots=1), trained.tokenizer, self.sampling, self.system)
 
 
-VERBS: dict[str, Any] = {
+VERBS: dict[str, Any] = {  # a class of options, or a function of the words behind the verb and the program's name
     "train": train,
     "generate": Generate,
     "chat": Chat,
@@ -272,7 +272,6 @@ VERBS: dict[str, Any] = {
     "tokenize": Tokenize,
     "data prepare": prepare,
 }
-"""Each is a class of options, or a function of the words behind it and the program's name."""
 
 
 def dispatch(arguments: list[str], program: str | None = None) -> None:
@@ -290,5 +289,4 @@ def dispatch(arguments: list[str], program: str | None = None) -> None:
 
 
 def main() -> None:
-    """The command `jaxgpt`."""
     run_command(dispatch)

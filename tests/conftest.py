@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,7 @@ def command(
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         assert isinstance(status, int)
-        return Outcome(status, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        return Outcome(status, out, re.sub(r"jaxgpt: \d+ programs compiled, \d+ read from .*\n", "", err))
 
     return run

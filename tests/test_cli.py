@@ -19,7 +19,7 @@ import pytest
 
 from jaxgpt import cli
 from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.data.shards import open_prepared
+from jaxgpt.data.shards import open_tokenized
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import from_json, to_json
@@ -281,7 +281,7 @@ def test_data_prepare_prints_where_and_reuses_it(
     assert first.out == second.out and first.out.count("\n") == 1
     directory = Path(first.out.strip())
     assert directory.parent == tmp_path / "cache/data"
-    corpus = open_prepared(directory, load_tokenizer(directory / "tokenizer.model"))
+    corpus = open_tokenized(directory, load_tokenizer(directory / "tokenizer.model"))
     assert len(corpus.train) > 100_000 and corpus.vocab_size == 500
     assert "jaxgpt: tokenizer: training bpe with 500 pieces\n" in first.err and "reusing" not in first.err
     assert second.err == f"jaxgpt: data {text_dir}: reusing {directory}\n"
@@ -320,6 +320,17 @@ def plain_environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_the_second_run_compiles_nothing(finished: Path, run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    words = ["generate.py", "--checkpoint", str(finished), "--prompt", "x", "--max-new-tokens", "9"]
+    own = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    first, again = (run_cli(words, env=own) for _ in range(2))
+    assert re.fullmatch(r"jaxgpt: [1-9]\d* programs compiled, 0 read from .*\n", first.stderr)
+    assert re.fullmatch(r"jaxgpt: 0 programs compiled, [1-9]\d* read from .*\n", again.stderr)
+    assert first.stdout == again.stdout
+    assert (tmp_path / "jaxgpt/compiled").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
 def test_generate_streams_into_a_pipe_that_closes(finished: Path) -> None:
     """The prompt comes before anything is generated, and a reader that leaves then (`| head`) ends it quietly."""
     words = ["--checkpoint", str(finished), "--prompt", "def ", "--num-samples", "2", "--max-new-tokens", "40"]
@@ -328,7 +339,7 @@ def test_generate_streams_into_a_pipe_that_closes(finished: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(17) == b"--- sample 1\ndef "
         process.stdout.close()
-        assert process.stderr.read() == b""
+        assert re.fullmatch(r"jaxgpt: \d+ programs compiled, \d+ read from .*\n", process.stderr.read().decode())
     assert process.returncode == 0
 
 

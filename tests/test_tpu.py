@@ -18,14 +18,14 @@ import pytest
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
-from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.generation.decode import Settings, decode, start
-from jaxgpt.generation.engine import STEPS_PER_DISPATCH
+from jaxgpt.generation.decode import Slots, decode, empty_slots, prefill
+from jaxgpt.generation.engine import CHUNK, STEPS_PER_DISPATCH
 from jaxgpt.model import Transformer
 from jaxgpt.presets import load_preset
 from jaxgpt.run import with_vocabulary
-from jaxgpt.sharding import check_divides, make_mesh, place_shapes, shard
+from jaxgpt.sharding import batch_parts, check_divides, make_mesh, place_shapes, shard
 from jaxgpt.training.step import init_state, make_train_step
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow]
@@ -35,7 +35,7 @@ CHIP_BYTES = 16 * GIB  # of a v5e
 PRESETS = ["tiny", "gpt2_124m"]
 MESHES = [MeshConfig(data=2, fsdp=1, tensor=2), MeshConfig(data=1, fsdp=4, tensor=1)]
 PARTS = {"tensor": 2, "fsdp": 4}  # that each of these meshes cuts the parameters into
-ROWS, PROMPT = 8, 64  # of generation, up to the context length
+ROWS, PROMPTS = 8, 2  # of generation: slots, and prompts of each part that are filled together
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 """Compiles in a fifth of the time. Arguments and outputs stay the same; the temporaries of training gpt2_124m are 5.2
 and 4.6 GiB instead of 6.0 and 4.7, those of a model as small as tiny come out several times too large."""
@@ -76,25 +76,15 @@ def abstract_batch(config: TrainConfig) -> Batch:
     return abstract(lambda: Batch(*(shard(jnp.zeros(shape, jnp.int32), "BT") for _ in Batch._fields)))
 
 
-def abstract_prompts() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Padded prompts, their lengths and their random keys."""
-
-    def prompts() -> tuple[jax.Array, jax.Array, jax.Array]:
-        lengths_B = jnp.full(ROWS, PROMPT)
-        keys_B = jax.vmap(jax.random.key)(lengths_B)
-        return shard(jnp.zeros((ROWS, PROMPT), jnp.int32), "BS"), shard(lengths_B, "B"), shard(keys_B, "B")
-
-    return abstract(prompts)
+def abstract_slots(config: ModelConfig) -> Slots:
+    """ROWS texts of up to the context's length."""
+    return abstract(lambda: empty_slots(config, ROWS, config.context_length))
 
 
-def abstract_settings() -> Settings:
-    """When rows end, and how tokens are chosen."""
-
-    def settings() -> Settings:
-        ends_B = shard(jnp.zeros(ROWS, jnp.int32), "B")
-        return Settings(ends_B, jnp.zeros(1, jnp.int32), jnp.float32(1), jnp.int32(0), jnp.float32(1))
-
-    return abstract(settings)
+def abstract_chosen() -> tuple[jax.Array, jax.Array]:
+    """The slots that are filled together, PROMPTS in each part, and which chunk of their prompts."""
+    parts = batch_parts()
+    return abstract(lambda: (shard(jnp.zeros((parts, PROMPTS), jnp.int32), "B_"), jnp.int32(0)))
 
 
 @dataclass(frozen=True)
@@ -180,19 +170,19 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
     config, cut = configuration(preset).model, cut_axis(mesh)
     with jax.set_mesh(make_mesh(mesh, chips("v5e:2x2"))):
         model = abstract(lambda: Transformer(config, jax.random.key(0)).unstacked())
-        prompts, slots = abstract_prompts(), config.context_length
-        started = compile_and_note(preset, mesh, "start", start.lower(model, *prompts, slots=slots))
-        state = abstract(functools.partial(start, slots=slots), model, *prompts)
-        settings = abstract_settings()
-        program = compile_and_note(preset, mesh, "decode", decode.lower(model, state, settings, STEPS_PER_DISPATCH))
-    assert chip_bytes(state.cache) == whole_bytes(state.cache) / 4, "cut by rows, or by rows and heads"
-    assert_stored(program, model, state, settings)
-    assert chip_bytes(state) <= program.aliased <= program.outputs, "the new cache must take the old one's place"
-    assert max(started.peak, program.peak) < CHIP_BYTES
-    assert_same_places(state, started.compiled.output_shardings)
-    assert_same_places(state, program.compiled.output_shardings)
-    assert_communicates(started, cut)
-    assert_communicates(program, cut)
+        slots, (chosen, start) = abstract_slots(config), abstract_chosen()
+        filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, chosen, start, CHUNK))
+        stopped, enough = slots.done_B, abstract(lambda: jnp.int32(0))
+        program = compile_and_note(
+            preset, mesh, "decode", decode.lower(model, slots, stopped, enough, STEPS_PER_DISPATCH)
+        )
+    assert chip_bytes(slots.cache) == whole_bytes(slots.cache) / 4, "cut by rows, or by rows and heads"
+    assert_stored(program, model, slots)
+    for each in (filled, program):
+        assert chip_bytes(slots) <= each.aliased <= each.outputs, "the new cache must take the old one's place"
+        assert each.peak < CHIP_BYTES
+        assert_same_places(slots, each.compiled.output_shardings)
+        assert_communicates(each, cut)
 
 
 def assert_stored(program: Program, *arguments: Any) -> None:

@@ -1,81 +1,181 @@
-"""The jitted part of generation: fill the cache with the prompts, then append one token after the other.
+"""The jitted part of generation: a fixed number of slots, filled with prompts and continued until each is complete.
 
-All that changes is one pytree, `DecodeState`. Every step feeds the newest token of each row through the model, which
-reads and writes the cache, and appends what `choose` takes; the loop is one `while_loop` on the device.
-Letters: B rows, P padded prompt length, S slots of the cache and of the text."""
+All that changes is one pytree, `Slots`. `admit` puts requests into free slots, `prefill` runs a chunk of their prompts
+through the model to fill the cache, and `decode` feeds the newest token of every slot through the model, which writes
+its keys and values in place, and appends what `choose` takes: many steps in one `while_loop` on the device. What a slot
+computes depends on its own request alone. Prefill leaves out the last token of a prompt: decoding begins with it, so
+there is one place where a token is chosen.
+Letters: B slots, Q parts that the mesh cuts them into, P slots of a part that are filled at once, C tokens of a chunk,
+S places of the cache and of the text, N alternatives."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.generation.sampling import choose
+from jaxgpt.generation.sampling import MAX_ALTERNATIVES, Rules, SamplingParams, choose
 from jaxgpt.model import Cache, Transformer
 from jaxgpt.model import new_cache as empty_cache
-from jaxgpt.sharding import shard
+from jaxgpt.model_config import ModelConfig
+from jaxgpt.sharding import out_sharding, shard
 
 
-class DecodeState(NamedTuple):
-    """Rows of text in the making."""
+class Slots(NamedTuple):
+    """Texts in the making, and what is known of them."""
 
     cache: Cache
-    tokens_BS: jax.Array
-    """Prompt and completion, int32; what is behind a row's length means nothing."""
-    lengths_B: jax.Array
-    """Tokens of each row so far."""
-    done_B: jax.Array
-    """True once a row is complete: its length does not change any more."""
-    keys_B: jax.Array
-    """Each row's random key; the draw at a position depends on it and the position alone."""
+    tokens_BS: jax.Array  # prompt and completion, int32; what is behind a slot's length means nothing
+    logprobs_BS: jax.Array  # of each generated token, where the slot's rules record them; so are the next two
+    top_ids_BSN: jax.Array
+    top_logprobs_BSN: jax.Array
+    lengths_B: jax.Array  # tokens of each slot so far
+    done_B: jax.Array  # True once a text is complete, and in a free slot
+    failed_B: jax.Array  # whether it ended because its logits were not finite
+    rules: Rules
+    steps: jax.Array  # that the last dispatch took
 
 
-class Settings(NamedTuple):
-    """What ends a row and how tokens are chosen; all arrays, so that other values run the same program."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
+    """Free slots for texts of up to `length` tokens."""
 
-    ends_B: jax.Array
-    """Length at which each row is complete."""
-    end_ids: jax.Array
-    """Tokens that end a text."""
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    def zeros(axes: str, *more: int, dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros((slots, *more), dtype, out_sharding=out_sharding(axes))
 
-
-@functools.partial(jax.jit, static_argnames="slots")
-def start(
-    model: Transformer, prompts_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, slots: int
-) -> DecodeState:
-    """Run all prompts through the model at once. What their padding leaves in the cache is overwritten by the token
-    that comes to its slot before any query can see it."""
-    rows, padded = prompts_BP.shape
-    _, cache = model(prompts_BP, cache=empty_cache(model.config, rows, slots))
-    tokens_BS = shard(jnp.pad(prompts_BP, ((0, 0), (0, slots - padded))), "BS")
-    assert cache is not None
-    return DecodeState(cache, tokens_BS, lengths_B, jnp.zeros_like(lengths_B, bool), keys_B)
+    example = Rules.of(SamplingParams(), 1, 1, (), 0)
+    rules = jax.tree.map(lambda x: zeros("B_"[: 1 + x.ndim], *x.shape, dtype=x.dtype), example)
+    return Slots(
+        cache=empty_cache(config, slots, length),
+        tokens_BS=zeros("BS", length),
+        logprobs_BS=zeros("BS", length, dtype=jnp.float32),
+        top_ids_BSN=zeros("BSN", length, MAX_ALTERNATIVES),
+        top_logprobs_BSN=zeros("BSN", length, MAX_ALTERNATIVES, dtype=jnp.float32),
+        lengths_B=zeros("B"),
+        done_B=jnp.ones_like(zeros("B"), bool),
+        failed_B=zeros("B", dtype=bool),
+        rules=rules,
+        steps=jnp.int32(0),
+    )
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
-def decode(model: Transformer, state: DecodeState, settings: Settings, steps: int) -> DecodeState:
-    """Append up to `steps` tokens to each row that is not done."""
+@functools.partial(jax.jit, static_argnames="length")
+def resize(slots: Slots, length: int) -> Slots:
+    """The same slots with room for texts of up to `length` tokens: attention reads all the places that there are."""
 
-    def append(tokens_S: jax.Array, length: jax.Array, key: jax.Array, logits_V: jax.Array) -> tuple:
-        how = settings.temperature, settings.top_k, settings.top_p
-        token = choose(logits_V, jax.random.fold_in(key, length), *how)
-        return tokens_S.at[length].set(token, mode="drop"), token
+    def fit(x: jax.Array) -> jax.Array:
+        grown = max(length - x.shape[1], 0)
+        return jnp.pad(x[:, :length], ((0, 0), (0, grown), *[(0, 0)] * (x.ndim - 2)))
 
-    def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        count, (cache, tokens_BS, lengths_B, done_B, keys_B) = carry
-        newest_B = jax.vmap(lambda tokens_S, length: tokens_S[length - 1])(tokens_BS, lengths_B)
-        x_B1D, new_cache = model(newest_B[:, None], positions_BT=lengths_B[:, None] - 1, cache=cache)
-        assert new_cache is not None
-        appended_BS, token_B = jax.vmap(append)(tokens_BS, lengths_B, keys_B, model.logits(x_B1D)[:, 0])
-        tokens_BS = jnp.where(done_B[:, None], tokens_BS, appended_BS)
-        lengths_B = lengths_B + ~done_B
-        done_B = done_B | (token_B[:, None] == settings.end_ids[None]).any(-1) | (lengths_B >= settings.ends_B)
-        return count + 1, DecodeState(new_cache, tokens_BS, lengths_B, done_B, keys_B)
+    names = ("cache", "tokens_BS", "logprobs_BS", "top_ids_BSN", "top_logprobs_BSN")
+    return slots._replace(**{name: jax.tree.map(fit, getattr(slots, name)) for name in names})
 
-    def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-        return (carry[0] < steps) & ~carry[1].done_B.all()
 
-    return jax.lax.while_loop(go_on, step, (jnp.int32(0), state))[1]
+@functools.partial(jax.jit, donate_argnames="slots")
+def admit(slots: Slots, new_B: jax.Array, tokens_BS: jax.Array, rules: Rules) -> Slots:
+    """Begin new texts in the slots that `new_B` marks: their prompts, as yet without a cache, and their rules."""
+
+    def put(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return slots._replace(
+        tokens_BS=put(tokens_BS, slots.tokens_BS),
+        lengths_B=put(rules.prompt_length, slots.lengths_B),
+        done_B=slots.done_B & ~new_B,
+        failed_B=slots.failed_B & ~new_B,
+        rules=jax.tree.map(put, rules, slots.rules),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="chunk", donate_argnames="slots")
+def prefill(model: Transformer, slots: Slots, chosen_QP: jax.Array, start: jax.Array, chunk: int) -> Slots:
+    """Fill the cache of some slots with their tokens from place `start` on, `chunk` of them.
+
+    `chosen_QP` numbers the slots within each part of the mesh; a number beyond them stands for none."""
+    parts, rows = chosen_QP.shape
+    S = slots.tokens_BS.shape[1]
+
+    def take(x: jax.Array) -> jax.Array:
+        taken = jax.vmap(lambda x, chosen: x.at[chosen].get(mode="clip"))(_by_part(x, parts), chosen_QP)
+        return _joined(taken)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        write = jax.vmap(lambda old, chosen, new: old.at[chosen].set(new, mode="drop"))
+        return _joined(write(_by_part(old, parts), chosen_QP, _by_part(new, parts)))
+
+    places_R = start + jnp.arange(chunk)
+    positions_RC = jnp.broadcast_to(places_R[None], (parts * rows, chunk))
+    missing = positions_RC >= (take(slots.lengths_B) - 1)[:, None]  # the last token is left to `decode`
+    positions_RC = shard(jnp.where(missing, S, positions_RC), "BT")  # which is not written
+    tokens_RC = take(slots.tokens_BS).at[:, places_R].get(mode="clip", out_sharding=out_sharding("BT"))
+    _, cache = model(tokens_RC, positions_BT=positions_RC, cache=jax.tree.map(take, slots.cache))
+    return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
+
+
+def _by_part(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [Q, B / Q, ...], each part on the devices that have it."""
+    first, *rest = jax.typeof(x).sharding.spec
+    return x.reshape(parts, -1, *x.shape[1:], out_sharding=jax.P(first, None, *rest))
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    first, _, *rest = jax.typeof(x).sharding.spec
+    return x.reshape(-1, *x.shape[2:], out_sharding=jax.P(first, *rest))
+
+
+@functools.partial(jax.jit, static_argnames="steps", donate_argnames="slots")
+def decode(model: Transformer, slots: Slots, stopped_B: jax.Array, enough: jax.Array, steps: int) -> Slots:
+    """Append up to `steps` tokens to each text that is not complete; fewer once `enough` more texts are.
+
+    `stopped_B` marks those that the host has found complete, for example by a stop text."""
+
+    def step(slots: Slots) -> Slots:
+        rules, lengths_B = slots.rules, slots.lengths_B
+        newest_B = jax.vmap(lambda tokens_S, length: tokens_S[length - 1])(slots.tokens_BS, lengths_B)
+        places_B1 = jnp.maximum(lengths_B - 1, 0)[:, None]
+        x_B1D, cache = model(newest_B[:, None], positions_BT=places_B1, cache=slots.cache)
+        assert cache is not None
+        logits_BV = model.logits(x_B1D)[:, 0]
+        token_B = choose(logits_BV, rules, slots.tokens_BS, lengths_B)
+        failed_B = ~slots.done_B & ~jnp.isfinite(logits_BV.sum(-1))
+        live_B = ~slots.done_B & ~failed_B
+        place_B = jnp.where(live_B, lengths_B, slots.tokens_BS.shape[1])  # else it is not written
+        slots = _record(slots, live_B & rules.logprobs, place_B, token_B, logits_BV)
+        lengths_B = lengths_B + live_B
+        ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
+        return slots._replace(
+            cache=cache,
+            tokens_BS=_write(slots.tokens_BS, place_B, token_B),
+            lengths_B=lengths_B,
+            done_B=slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end))),
+            failed_B=slots.failed_B | failed_B,
+            steps=slots.steps + 1,
+        )
+
+    slots = slots._replace(done_B=slots.done_B | stopped_B, steps=jnp.int32(0))
+    complete = slots.done_B.sum()
+
+    def go_on(slots: Slots) -> jax.Array:
+        return (slots.steps < steps) & ~slots.done_B.all() & (slots.done_B.sum() < complete + enough)
+
+    return jax.lax.while_loop(go_on, step, slots)
+
+
+def _write(x: jax.Array, place_B: jax.Array, new: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
+
+
+def _record(slots: Slots, wanted_B: jax.Array, place_B: jax.Array, token_B: jax.Array, logits_BV: jax.Array) -> Slots:
+    """Note the log-probabilities of the chosen tokens and of the most probable ones, where they are wanted."""
+
+    def record(old: tuple) -> tuple:
+        log_p_BV = jax.nn.log_softmax(logits_BV)
+        chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)
+        top_BN, ids_BN = jax.lax.top_k(log_p_BV, min(MAX_ALTERNATIVES, log_p_BV.shape[-1]))
+        pad = ((0, 0), (0, MAX_ALTERNATIVES - top_BN.shape[-1]))
+        new = chosen_B, jnp.pad(ids_BN, pad), jnp.pad(top_BN, pad, constant_values=-jnp.inf)
+        return tuple(_write(x, place_B, value) for x, value in zip(old, new, strict=True))
+
+    old = slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN
+    logprobs_BS, ids_BSN, top_BSN = jax.lax.cond(wanted_B.any(), record, lambda old: old, old)
+    return slots._replace(logprobs_BS=logprobs_BS, top_ids_BSN=ids_BSN, top_logprobs_BSN=top_BSN)

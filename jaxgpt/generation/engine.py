@@ -1,25 +1,32 @@
-"""Prompts to completions: the host's side of generation."""
+"""Prompts to completions: requests wait in a queue for slots, which the device fills and continues.
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+Finished slots are refilled while the others go on. Texts are put together, and given to the caller, while the device
+computes. A request's tokens depend on its prompt, its settings and the model alone, not on what else is in the slots:
+on a CPU a row's bits are the same for 8 rows or more and for chunks of 64 tokens or more (fewer take other kernels),
+so the number of slots and the size of a chunk stay as they are while an engine lives."""
+
+import codecs
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import ConfigError
-from jaxgpt.generation.decode import Settings, decode, start
-from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
+from jaxgpt.generation.sampling import MAX_ENDS, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import batch_parts, spec
-from jaxgpt.tokenizer import StreamDecoder, Tokenizer
+from jaxgpt.tokenizer import Tokenizer
 
-STEPS_PER_DISPATCH = 8
-"""Tokens between two looks from the host: a stream moves at least this often, and dispatching costs 1 / 8."""
-_BUCKET = 64
-"""Prompt and text lengths are rounded up to a multiple of this, so that few programs are compiled."""
+STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at least this often
+CHUNK = 64  # tokens of a prompt that are run through the model at once
+_SHORTEST = 128  # places of the cache at least: 128, 192, 256, 384 ... so that few programs are compiled
+Prompt = str | list[int]
+_AT_ONCE = 4  # prompts of one part of the mesh that are filled in together, at most
 
 
 @dataclass(frozen=True)
@@ -28,97 +35,211 @@ class Completion:
 
     text: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-    """stop: the model ended the text; length: `max_new_tokens` or the context was used up."""
+    # stop: the model or a stop text ended it; length: `max_new_tokens` or the context is used up; error: the logits
+    # were not finite.
+    finish_reason: Literal["stop", "length", "error"]
     prompt_tokens: int
+    logprobs: list[float] | None = None  # log-probability of each token, where the request asked for it
+    top_logprobs: list[dict[int, float]] | None = None  # those of the most probable tokens at each place
+
+
+class Request(NamedTuple):
+    """A prompt as ids, and how to continue it; `tag` comes back with the completion."""
+
+    ids: list[int]
+    params: SamplingParams
+    sample: int = 0
+    tag: int = 0
+
+
+class Progress(NamedTuple):
+    """What one dispatch brought for one request: more text, and at the end its completion."""
+
+    request: Request
+    text: str
+    completion: Completion | None
+
+
+class _Text:
+    """The completion of a request, as far as the host knows it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, end_ids: Sequence[int]) -> None:
+        self.request, self.length = request, len(request.ids)
+        self._end_ids, self._tokenizer, self._text, self._shown = end_ids, tokenizer, "", 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(
+            "replace"
+        )  # a character is shown when all its bytes are there
+
+    def push(self, row_S: np.ndarray, length: int, done: bool, failed: bool) -> Progress:
+        """Take the tokens that came since the last time; a stop text may complete it before the device does."""
+        stop, reason = self.request.params.stop, None
+        for token in row_S[self.length : length].tolist():
+            self.length += 1
+            at_end = done and self.length == length and token in self._end_ids
+            piece = "" if at_end else self._utf8.decode(self._tokenizer.decode_bytes([token]))
+            reason = "stop" if at_end or self._cut(piece, stop) else None
+            if reason:
+                break
+        if not reason and done:
+            reason = "error" if failed else "length"
+            self._text += self._utf8.decode(b"", final=True)
+        held = 0 if reason else max((n for s in stop for n in range(len(s)) if self._text.endswith(s[:n])), default=0)
+        text = self._text[self._shown : len(self._text) - held]
+        self._shown += len(text)
+        ids = row_S[len(self.request.ids) : self.length].tolist()
+        completion = Completion(self._text, ids, reason, len(self.request.ids)) if reason else None  # type: ignore[arg-type]
+        return Progress(self.request, text, completion)
+
+    def _cut(self, piece: str, stop: tuple[str, ...]) -> bool:
+        """Append text; if a stop text is complete, cut the text where it begins."""
+        begin = len(self._text) - max(map(len, stop), default=0)
+        self._text += piece
+        places = [place for text in stop if (place := self._text.find(text, max(begin, 0))) >= 0]
+        self._text = self._text[: min(places)] if places else self._text
+        return bool(places)
 
 
 class Engine:
     """A model and its tokenizer, ready to generate on the current mesh."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 8) -> None:
+        """`slots`: texts that are continued together; rounded up so that each part of the mesh has as many."""
         self._config = model.config
         self._tokenizer = tokenizer
         self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
+        self._parts = batch_parts()
+        self._slots = -(-slots // self._parts) * self._parts
+        self.tokens = 0  # generated so far
+        self.places = 0  # slots times steps that were computed for them
 
-    def generate(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[Completion]:
-        """`params.num_samples` completions of each prompt (a text, or its ids), prompt after prompt.
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """`num_samples` completions of each prompt (a text, or its ids), prompt after prompt; each may have its own
+        settings. Raises ConfigError as `requests` does."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        paired = enumerate(zip(prompts, each, strict=True))
+        waiting = [request for i, (prompt, own) in paired for request in self.requests(prompt, own, i)]
+        found = {(p.request.tag, p.request.sample): p.completion for p in self.run(waiting) if p.completion}
+        return [found[request.tag, request.sample] for request in waiting]
 
-        Raises ConfigError as `stream` does."""
-        ids = [self._prompt_ids(prompt, params) for prompt in prompts]
-        if not ids:
-            return []
-        (texts,) = deque(self._run(ids, params), maxlen=1)
-        lengths = [len(prompt) for prompt in ids for _ in range(params.num_samples)]
-        return [self._completion(row, length) for row, length in zip(texts, lengths, strict=True)]
-
-    def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
 
-        Raises ConfigError for a prompt that leaves no room in the context, or a top_k above the vocabulary."""
-        return self._stream(self._prompt_ids(prompt, params), params)
+        Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
+        if params.logprobs is not None:
+            raise ConfigError("logprobs: a stream has none; leave it out, or use Engine.generate")
+        waiting = self.requests(prompt, params)
+        return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 
-    def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
-        decoders = [StreamDecoder(self._tokenizer) for _ in range(params.num_samples)]
-        shown = [len(ids)] * params.num_samples
-        for texts in self._run([ids], params):
-            for sample, (row, decoder) in enumerate(zip(texts, decoders, strict=True)):
-                if text := "".join(map(decoder.push, row[shown[sample] :])):
-                    yield sample, text
-                shown[sample] = len(row)
-        for sample, decoder in enumerate(decoders):
-            if text := decoder.flush():
-                yield sample, text
-
-    def room(self, prompt: str | list[int]) -> int:
-        """Tokens that fit into the context after a prompt."""
+    def room(self, prompt: Prompt) -> int:
         return self._config.context_length - len(self._ids(prompt))
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _ids(self, prompt: Prompt) -> list[int]:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
-    def _prompt_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
-        ids = self._ids(prompt)
-        context = self._config.context_length
+    def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
+        """One request for each sample of a prompt.
+
+        Raises ConfigError for a prompt that leaves no room in the context, or an id or top_k above the vocabulary."""
+        ids, context, vocabulary = self._ids(prompt), self._config.context_length, self._tokenizer.vocab_size
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
         if max(ids) >= (self._config.vocab_size or 0):
             raise ConfigError(f"prompt: token {max(ids)} has no embedding in this model; leave it out")
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
-        if params.top_k > self._tokenizer.vocab_size:
-            raise ConfigError(f"top_k is {params.top_k}: the vocabulary has {self._tokenizer.vocab_size} tokens")
-        return ids
+        if params.top_k > vocabulary:
+            raise ConfigError(f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
+        named = {"logit_bias": [i for i, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
+        for name, mentioned in named.items():
+            if max(mentioned, default=0) >= vocabulary:
+                raise ConfigError(f"{name} has the id {max(mentioned)}: the vocabulary has {vocabulary} tokens")
+        if len(ends := self._ends(params)) > MAX_ENDS:
+            raise ConfigError(f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
+        return [Request(ids, params, sample, tag) for sample in range(params.num_samples)]
 
-    def _run(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[list[list[int]]]:
-        """Prompt and completion so far, of each row, after every dispatch."""
-        rows = [(ids, sample) for ids in prompts for sample in range(params.num_samples)]
-        wanted = len(rows)
-        rows += rows[:1] * (-wanted % batch_parts())  # every device gets as many rows
-        lengths = np.array([len(ids) for ids, _ in rows], np.int32)
-        ends = np.minimum(lengths + params.max_new_tokens, self._config.context_length).astype(np.int32)
-        padded, slots = (min(_round_up(int(n.max())), self._config.context_length) for n in (lengths, ends))
-        prompts_BP = np.zeros((len(rows), padded), np.int32)
-        for row, (ids, _) in zip(prompts_BP, rows, strict=True):
-            row[: len(ids)] = ids
-        key = jax.random.key(params.seed)
-        keys_B = jax.vmap(lambda sample: jax.random.fold_in(key, sample))(jnp.array([sample for _, sample in rows]))
-        prompts_BP, lengths_B, ends_B = jax.device_put((prompts_BP, lengths, ends), (spec("BS"), spec("B"), spec("B")))
-        scalars = jnp.float32(params.temperature), jnp.int32(params.top_k), jnp.float32(params.top_p)
-        settings = Settings(ends_B, jnp.array(self._tokenizer.end_ids, jnp.int32), *scalars)
-        state = start(self._model, prompts_BP, lengths_B, jax.device_put(keys_B, spec("B")), slots)
-        done = False
-        while not done:
-            state = decode(self._model, state, settings, STEPS_PER_DISPATCH)
-            tokens, lengths, done_B = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
-            done = bool(done_B.all())
-            yield [row[:length].tolist() for row, length in zip(tokens[:wanted], lengths[:wanted], strict=True)]
+    def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
+        """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
+        waiting, texts = iter(requests), dict[int, _Text]()
+        slots, unseen = None, list[Progress]()
+        exhausted = False
+        while True:
+            free = [slot for slot in range(self._slots) if slot not in texts]
+            new = dict(zip(free, waiting, strict=False))
+            exhausted = len(new) < len(free)
+            texts |= {slot: _Text(each, self._tokenizer, self._ends(each.params)) for slot, each in new.items()}
+            if not texts:
+                break
+            slots = self._fill(self._fit(slots, texts), new)
+            enough = len(texts) if exhausted else self._parts
+            stopped = self._put(np.array([slot not in texts for slot in range(self._slots)]), "B")
+            slots = decode(self._model, slots, stopped, enough, STEPS_PER_DISPATCH)
+            yield from unseen  # while the device computes
+            told = (slots.tokens_BS, slots.lengths_B, slots.done_B, slots.failed_B, slots.steps)
+            tokens_BS, lengths, done, failed, steps = jax.device_get(told)
+            self.places += int(steps) * self._slots
+            unseen = []
+            for slot, text in list(texts.items()):
+                before = text.length
+                unseen.append(text.push(tokens_BS[slot], int(lengths[slot]), bool(done[slot]), bool(failed[slot])))
+                self.tokens += text.length - before
+                if unseen[-1].completion:
+                    unseen.append(self._with_logprobs(unseen.pop(), slots, slot))
+                    del texts[slot]
+        yield from unseen
 
-    def _completion(self, row: list[int], prompt_tokens: int) -> Completion:
-        ids = row[prompt_tokens:]
-        ended = ids[-1] in self._tokenizer.end_ids
-        text = self._tokenizer.decode_bytes(ids).decode("utf-8", "replace")  # which goes on, so not `decode`
-        return Completion(text, ids, "stop" if ended else "length", prompt_tokens)
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        return (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
+
+    def _fit(self, slots: Slots | None, texts: dict[int, _Text]) -> Slots:
+        longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH for text in texts.values()))
+        power = 2 ** math.ceil(math.log2(longest))
+        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._config.context_length)
+        if slots is None:
+            return empty_slots(self._config, self._slots, length)
+        return slots if slots.tokens_BS.shape[1] == length else resize(slots, length)
+
+    def _put(self, array: np.ndarray, axes: str) -> jax.Array:
+        return jax.device_put(array, spec(axes))
+
+    def _fill(self, slots: Slots, new: dict[int, Request]) -> Slots:
+        """Put requests into free slots, and their prompts into the cache."""
+        if not new:
+            return slots
+        length, context = slots.tokens_BS.shape[1], self._config.context_length
+        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [Rules.of(SamplingParams(), 1, 1, (), 0)]
+        rules *= self._slots
+        for slot, (ids, params, sample, _) in new.items():
+            tokens_BS[slot, : len(ids)] = ids
+            rules[slot] = Rules.of(params, len(ids), context, self._ends(params), sample)
+        stacked = jax.tree.map(lambda *each: self._put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
+        is_new = np.array([slot in new for slot in range(self._slots)])
+        slots = admit(slots, self._put(is_new, "B"), self._put(tokens_BS, "BS"), stacked)
+        in_part = self._slots // self._parts
+        left = [[slot % in_part for slot in new if slot // in_part == part] for part in range(self._parts)]
+        while any(left):
+            rows = _AT_ONCE if max(map(len, left)) > 1 else 1
+            chosen = np.full((self._parts, rows), in_part, np.int32)
+            for part, waiting in enumerate(left):
+                chosen[part, : len(waiting[:rows])] = waiting[:rows]
+            now = [new[part * in_part + slot] for part, waiting in enumerate(left) for slot in waiting[:rows]]
+            for start in range(0, max(len(request.ids) for request in now) - 1, CHUNK):
+                slots = prefill(self._model, slots, self._put(chosen, "B_"), np.int32(start), CHUNK)
+            left = [waiting[rows:] for waiting in left]
+        return slots
+
+    def _with_logprobs(self, done: Progress, slots: Slots, slot: int) -> Progress:
+        completion, wanted = done.completion, done.request.params.logprobs
+        if completion is None or wanted is None:
+            return done
+        rows = (x[slot] for x in (slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN))
+        begin = completion.prompt_tokens
+        here = slice(begin, begin + len(completion.token_ids))
+        chosen, ids, top = (row[here] for row in jax.device_get(tuple(rows)))
+        pairs = zip(ids[:, :wanted].tolist(), top[:, :wanted].tolist(), strict=True)
+        best = [dict(zip(*pair, strict=True)) for pair in pairs]
+        return done._replace(completion=replace(completion, logprobs=chosen.tolist(), top_logprobs=best))
 
 
 @jax.jit
@@ -132,7 +253,3 @@ def for_decoding(model: Transformer) -> Transformer:
         return p.astype(dtype) if name.endswith(used_so) and not name.endswith("router.kernel") else p
 
     return jax.tree_util.tree_map_with_path(cast, model.unstacked())
-
-
-def _round_up(length: int) -> int:
-    return -(-length // _BUCKET) * _BUCKET

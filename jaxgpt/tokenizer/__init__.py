@@ -11,17 +11,16 @@ from pathlib import Path
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json
-from jaxgpt.tokenizer.base import SPACE, Settings, StreamDecoder, Tokenizer, reading
+from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, reading
 from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer, gpt2_json
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
-    "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "StreamDecoder", "Tokenizer",
-    "load_tokenizer", "reading", "train_tokenizer",
+    "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "Tokenizer", "load_tokenizer", "reading",
+    "train_tokenizer",
 ]  # fmt: skip
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""What is looked for in a directory, in this order."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # looked for in this order
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

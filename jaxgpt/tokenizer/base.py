@@ -1,10 +1,8 @@
-"""What all tokenizers have in common, and text that comes token by token."""
+"""What all tokenizers have in common."""
 
-import codecs
 import contextlib
 import hashlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -143,13 +141,9 @@ class Tokenizer(ABC):
         found |= {"add_bos_token": bool(self.bos_ids), "end_tokens": [self.pieces[token] for token in self.end_ids]}
         return found | {"chat_template": self.chat_template, "tokenizer_class": "PreTrainedTokenizerFast"}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model file so that a reader sees all of it or nothing."""
-        write_atomically(Path(path), self.model_bytes)
-
     def write(self, directory: Path) -> None:
         """Write the model, and its settings beside it, such that `load(directory)` gives the same tokenizer."""
-        self.save(directory / self.file_name)
+        write_atomically(directory / self.file_name, self.model_bytes)
         content = json.dumps(self.settings(), indent=2, ensure_ascii=False)
         write_atomically(directory / "tokenizer_config.json", content.encode() + b"\n")
 
@@ -169,19 +163,3 @@ def reading(where: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise BadFileError(f"{where} is damaged ({type(error).__name__}: {error}); restore the file") from error
-
-
-class StreamDecoder:
-    """Ids one at a time to text, never splitting a character: its bytes are held back until all are there."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The text that becomes complete with `token`, possibly none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed."""
-        return self._decoder.decode(b"", final=True)

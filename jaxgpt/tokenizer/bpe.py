@@ -114,13 +114,12 @@ def _words(digits: str) -> list[Settings]:
     return [split, _bytes(use_regex=False)]
 
 
-CUTTINGS = {
+CUTTINGS = {  # by their names in GGUF's tokenizer.ggml.pre
     "gpt-2": Cutting([_bytes(use_regex=True)]),
     "smollm": Cutting([{"type": "Digits", "individual_digits": True}, _bytes(use_regex=True)]),
     "llama-bpe": Cutting(_words(r"\p{N}{1,3}"), ignore_merges=True),
     "qwen2": Cutting(_words(r"\p{N}"), normalizer={"type": "NFC"}),
 }
-"""By their names in GGUF's tokenizer.ggml.pre."""
 
 
 def byte_level_json(
@@ -151,7 +150,6 @@ def tokenizer_json(ids: dict[str, int], kinds: dict[str, int], bos: str | None, 
 
 
 def gpt2_json(vocab: Path) -> bytes:
-    """vocab.json and merges.txt, as GPT-2 has them, in one tokenizer.json."""
     ids = read_json(vocab, MAX_BYTES)
     try:
         lines = vocab.with_name("merges.txt").read_text("utf-8").splitlines()

@@ -75,8 +75,7 @@ class Trainer:
         self.tokens = size * length  # in one step
         self.eval_step = make_eval_step(self.config)
         self.stopping = False
-        self.seconds: list[float] = []
-        """What each step since the last record took, without what stands between: evaluations, saves, compilation."""
+        self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the seed, to the last step."""
@@ -134,7 +133,6 @@ class Trainer:
         return state, step
 
     def announce(self, state: TrainState, start: int) -> None:
-        """What is about to run, in two lines."""
         mesh, steps, model = jax.sharding.get_mesh(), self.config.training.steps, self.config.model
         what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}"
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -249,10 +247,9 @@ class Trainer:
         self.checkpoints.save(step, *state.parts(), self.provenance)
 
     def sample(self, state: TrainState) -> None:
-        """Print what the model writes."""
         training = self.config.training
         if not training.sample_tokens:
             return
         params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
-        (completion,) = Engine(state.averaged, self.tokenizer).generate([training.sample_prompt], params)
+        (completion,) = Engine(state.averaged, self.tokenizer, slots=1).generate([training.sample_prompt], params)
         print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)

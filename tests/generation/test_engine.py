@@ -2,6 +2,7 @@
 
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 
 from jaxgpt.config import ModelConfig, TokenizerConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.generation.decode import decode
-from jaxgpt.generation.engine import STEPS_PER_DISPATCH, Engine
-from jaxgpt.generation.sampling import SamplingParams, choose
+from jaxgpt.generation.decode import admit, decode, prefill
+from jaxgpt.generation.engine import STEPS_PER_DISPATCH, Engine, Request, _Text
+from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import Transformer
+from jaxgpt.sharding import shard
 from jaxgpt.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 
 MODERN = dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, gated_mlp=True, windows=(7, 0), qk_norm="head")
@@ -94,6 +96,91 @@ def test_a_row_depends_on_its_prompt_seed_and_number_alone(mesh_of: Callable[...
         assert other_seed.text != first.text
 
 
+def test_two_hundred_requests_are_what_full_passes_give(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    """Of all lengths, through five slots that are refilled; prompts over several chunks; in any order."""
+    random = np.random.default_rng(0)
+    lengths, news = random.integers(1, 90, 200), random.integers(1, 30, 200)
+    prompts = [random.integers(4, tokenizer.vocab_size, n).tolist() for n in lengths]
+    with mesh_of():
+        model = make_model(tokenizer, context_length=128, **MODERN)
+        engine = Engine(model, tokenizer, slots=5)
+        params = [SamplingParams(max_new_tokens=int(n), temperature=0) for n in news]
+        requests = [r for i in random.permutation(200) for r in engine.requests(prompts[i], params[i], int(i))]
+        found = {p.request.tag: p.completion for p in engine.run(requests) if p.completion}
+        forward = jax.jit(lambda rows: model.logits(model(rows)[0]).argmax(-1))
+        rows = np.zeros((200, 128), np.int32)
+        for i, prompt in enumerate(prompts):
+            ids = [*prompt, *found[i].token_ids]
+            rows[i, : len(ids)] = ids
+        best = np.concatenate([forward(shard(jnp.asarray(part), "BT")) for part in np.split(rows, 4)])
+    for i, prompt in enumerate(prompts):
+        done = found[i]
+        behind = best[i, len(prompt) - 1 : len(prompt) - 1 + len(done.token_ids)].tolist()
+        assert done.token_ids == behind, i
+        assert len(behind) == news[i] if done.finish_reason == "length" else behind[-1] == tokenizer.eos_id
+    assert engine.tokens / engine.places > 0.75
+
+
+def test_log_probabilities_are_the_model_s(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    with mesh_of():
+        model = make_model(tokenizer)
+        engine = Engine(model, tokenizer)
+        params = SamplingParams(max_new_tokens=12, temperature=1.5, top_k=9, seed=2, logprobs=3)
+        plain = SamplingParams(max_new_tokens=20, temperature=0)
+        requests = [*engine.requests("import ", params), *engine.requests("x", plain, 1)]
+        found = {p.request.tag: p.completion for p in engine.run(requests) if p.completion}
+        ids = tokenizer.encode("import ", bos=True)
+        logits = jax.jit(lambda t: model.logits(model(t)[0])[0])(jnp.array([ids + found[0].token_ids]))
+    assert found[1].logprobs is None and found[0].logprobs is not None and found[0].top_logprobs is not None
+    expected = np.asarray(jax.nn.log_softmax(logits))[len(ids) - 1 : -1]
+    for row, token, logprob, top in zip(
+        expected, found[0].token_ids, found[0].logprobs, found[0].top_logprobs, strict=True
+    ):
+        assert abs(row[token] - logprob) < 1e-3
+        assert list(top) == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][:3], atol=1e-3)
+
+
+def test_stop_texts_end_a_completion_where_they_begin(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    with mesh_of():
+        engine = Engine(make_model(tokenizer), tokenizer)
+        params = SamplingParams(max_new_tokens=60, temperature=1.0, seed=3)
+        (whole,) = engine.generate(["def f("], params)
+        stop = whole.text[20:23]
+        assert len(stop) == 3
+        (cut,) = engine.generate(["def f("], replace(params, stop=("never there", stop)))
+        assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+        pieces = engine.stream("def f(", replace(params, stop=(stop,)))
+        assert "".join(text for _, text in pieces) == cut.text, "a stop text is never shown in parts"
+        end = whole.token_ids[10]
+        place = whole.token_ids.index(end)
+        (ended,) = engine.generate(["def f("], replace(params, stop_token_ids=(end,)))
+        assert ended.token_ids == whole.token_ids[: place + 1] and ended.finish_reason == "stop"
+        later = replace(params, stop_token_ids=(end,), min_new_tokens=place + 2)
+        assert len(engine.generate(["def f("], later)[0].token_ids) > place + 1
+
+
+def test_a_row_that_is_not_finite_fails_alone(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    with mesh_of():
+        model = make_model(tokenizer)
+        good = Engine(model, tokenizer).generate(["def f(", "import "], GREEDY)
+        poisoned = tokenizer.encode("q")[0]
+        assert all(poisoned not in each.token_ids for each in good)
+        row = jnp.arange(model.config.vocab_rows)[:, None] == poisoned
+        model.token_embedding = jax.tree.map(lambda p: jnp.where(row, jnp.nan, p), model.token_embedding)
+        found = Engine(model, tokenizer).generate(["def f(", "q", "import "], GREEDY)
+    assert [found[0], found[2]] == good
+    assert (found[1].finish_reason, found[1].token_ids) == ("error", [])
+
+
+def test_a_character_is_never_split_in_a_stream(tokenizer: Tokenizer) -> None:
+    face = tokenizer.encode("\U0001f642")
+    text, row = _Text(Request([1], GREEDY), tokenizer, ()), np.array([1, *face, *face[:2]])
+    assert [text.push(row, n, False, False).text for n in range(2, 7)] == ["", "", "", "\U0001f642", ""]
+    assert text.push(row, 7, True, False).text == "\ufffd", "what is left at the end"
+
+
 def test_the_stream_is_the_text(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer)
@@ -145,58 +232,14 @@ def test_other_settings_run_the_same_program(mesh_of: Callable[..., Any], tokeni
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer)
         assert engine.generate([], GREEDY) == []
+        engine.generate(["x", "y"], GREEDY)
         engine.generate(["x"], GREEDY)
-        before = decode._cache_size()
+        programs = (admit, prefill, decode)
+        before = [program._cache_size() for program in programs]
         for params in (
             SamplingParams(max_new_tokens=7, temperature=0.3, top_k=5, top_p=0.5, seed=9),
-            SamplingParams(max_new_tokens=31),
+            SamplingParams(max_new_tokens=31, min_p=0.1, typical_p=0.9, logprobs=2, stop=("x",), stop_token_ids=(7,)),
+            SamplingParams(presence_penalty=0.1, logit_bias=((3, 1.0),), num_samples=9, ignore_eos=True),
         ):
-            engine.generate(["def g(y):"], params)
-        assert decode._cache_size() == before
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("max_new_tokens", value) for value in (0, -1, 2**63)]
-    + [("temperature", value) for value in (float("nan"), -1.0, float("inf"), 1e-30)]
-    + [("top_p", value) for value in (0.0, 1.1, float("nan"))]
-    + [("top_k", -1), ("seed", -1), ("seed", 2**64), ("num_samples", 0), ("num_samples", 10**6)],
-)
-def test_illegal_settings_are_named(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"^{name} is .*: it must be "):
-        SamplingParams(**{name: value})  # type: ignore[arg-type]
-
-
-# --- the sampling rule
-
-
-def allowed(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> dict[int, float]:
-    """The tokens that may be drawn and their probabilities, by the definitions, in float64."""
-    ranked = sorted(range(len(logits_V)), key=lambda i: (-logits_V[i], i))[: top_k or None]
-    odds = np.exp((logits_V[ranked].astype(np.float64) - logits_V.max()) / temperature)
-    odds /= odds.sum()
-    kept = [i for i in range(len(ranked)) if i == 0 or odds[:i].sum() < top_p]
-    return {ranked[i]: odds[i] / odds[kept].sum() for i in kept}
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 7, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
-)
-def test_tokens_come_as_often_as_they_should(temperature: float, top_k: int, top_p: float) -> None:
-    logits_V = np.random.default_rng(0).normal(size=12).astype(np.float32)
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    draw = jax.jit(jax.vmap(lambda key: choose(jnp.asarray(logits_V), key, temperature, top_k, top_p)))
-    counts = np.bincount(draw(keys), minlength=12)
-    expected = allowed(logits_V, temperature, top_k, top_p)
-    assert set(np.flatnonzero(counts)) <= set(expected)
-    for token, probability in expected.items():
-        deviation = (20_000 * probability * (1 - probability)) ** 0.5
-        assert abs(counts[token] - 20_000 * probability) <= 4 * deviation, token
-
-
-@pytest.mark.parametrize("logits", [[1, 2, 3, 0], [3, 3, 1, 3], [-1e38, -1e38, -3e38, 0], [0, 0, 0, 0]])
-def test_temperature_0_takes_the_first_of_the_largest(logits: list[float]) -> None:
-    for key in jax.random.split(jax.random.key(0), 3):
-        token = choose(jnp.array(logits, jnp.float32), key, jnp.float32(0), jnp.int32(0), jnp.float32(1))
-        assert token == np.argmax(logits)
+            engine.generate(["def g(y):", "z" * 70][: 1 + params.num_samples], params)
+        assert [program._cache_size() for program in programs] == before

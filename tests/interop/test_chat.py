@@ -179,7 +179,7 @@ class FakeEngine(Engine):
         self._tokenizer, self.answers, self.asked = tokenizer, answers, list[str]()
 
     def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
-        self._prompt_ids(prompt, params)
+        self.requests(prompt, params)
         assert not isinstance(prompt, str)
         self.asked.append(self._tokenizer.decode(prompt, special=True))
         for piece in self.answers.pop(0):
@@ -334,7 +334,8 @@ def test_a_pipe_ends_in_one_line_at_a_mistake(piped: Callable[..., Any]) -> None
         (b"x " * 300, [], r"prompt of \d+ tokens: the context of 256 has no room; shorten the prompt"),
         (b"x", ["--num-samples", "2"], "num_samples is 2: a conversation has one answer; leave it out"),
         (b"x", ["--top-k", "1000"], "top_k is 1000: the vocabulary has 330 tokens"),
-        (b"x", ["--top-k", "-1"], "top_k is -1: it must be 0 or more"),
+        (b"x", ["--logprobs", "2"], "logprobs: a stream has none; leave it out, or use Engine.generate"),
+        (b"x", ["--top-k", "-1"], "top_k is -1: it must be finite and at least 0"),
     ):
         outcome = piped(text, *words)
         assert (outcome.status, outcome.out) == (2, ""), text
