@@ -23,9 +23,12 @@ def kept_programs() -> Iterator[None]:
 
     if not (directory := jax.config.values["jax_compilation_cache_dir"]):
         directory = cache_home() / "compiled"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)  # which fails for somebody else's
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)  # which fails for somebody else's
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+        except OSError as error:
+            note(f"compiled programs are not kept: {directory}: {error.strerror}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.monitoring.register_event_listener(count)
     try:

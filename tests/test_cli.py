@@ -331,6 +331,17 @@ def test_the_second_run_compiles_nothing(finished: Path, run_cli: Callable[..., 
 
 
 @pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_done_without(
+    finished: Path, run_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["generate.py", "--checkpoint", str(finished), "--prompt", "x", "--max-new-tokens", "3"]
+    done = run_cli(words, env={"XDG_CACHE_HOME": str(tmp_path / "file"), "JAX_COMPILATION_CACHE_DIR": ""})
+    assert done.returncode == 0 and done.stdout.startswith("x")
+    assert re.fullmatch(r"jaxgpt: compiled programs are not kept: .*: Not a directory\n", done.stderr)
+
+
+@pytest.mark.slow
 def test_generate_streams_into_a_pipe_that_closes(finished: Path) -> None:
     """The prompt comes before anything is generated, and a reader that leaves then (`| head`) ends it quietly."""
     words = ["--checkpoint", str(finished), "--prompt", "def ", "--num-samples", "2", "--max-new-tokens", "40"]

@@ -26,6 +26,7 @@ STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at lea
 CHUNK = 64  # tokens of a prompt that are run through the model at once
 _SHORTEST = 128  # places of the cache at least: 128, 192, 256, 384 ... so that few programs are compiled
 Prompt = str | list[int]
+_NO_RULES = Rules.of(SamplingParams(), 1, 1, (), 0)
 _AT_ONCE = 4  # prompts of one part of the mesh that are filled in together, at most
 
 
@@ -163,7 +164,6 @@ class Engine:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
         waiting, texts = iter(requests), dict[int, _Text]()
         slots, unseen = None, list[Progress]()
-        exhausted = False
         while True:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
@@ -208,14 +208,13 @@ class Engine:
         if not new:
             return slots
         length, context = slots.tokens_BS.shape[1], self._config.context_length
-        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [Rules.of(SamplingParams(), 1, 1, (), 0)]
-        rules *= self._slots
+        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [_NO_RULES] * self._slots
         for slot, (ids, params, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
             rules[slot] = Rules.of(params, len(ids), context, self._ends(params), sample)
         stacked = jax.tree.map(lambda *each: self._put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
-        is_new = np.array([slot in new for slot in range(self._slots)])
-        slots = admit(slots, self._put(is_new, "B"), self._put(tokens_BS, "BS"), stacked)
+        new_B = self._put(np.isin(np.arange(self._slots), list(new)), "B")
+        slots = admit(slots, new_B, self._put(tokens_BS, "BS"), stacked)
         in_part = self._slots // self._parts
         left = [[slot % in_part for slot in new if slot // in_part == part] for part in range(self._parts)]
         while any(left):

@@ -68,7 +68,6 @@ def _logits(model: Transformer, tokens_BT: np.ndarray, **layout: np.ndarray) -> 
 
 
 def _cached(model: Transformer, tokens_BT: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Logits of the same tokens, so many at a time."""
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(model.config, *tokens_BT.shape)
     parts, positions_BT = [], np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
     for start, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):

@@ -3,8 +3,7 @@
 A tokenizer that is trained here survives every text exactly: no normalisation (identity, no dummy prefix, all
 whitespace kept), byte fallback for characters without a piece, and U+2581, which SentencePiece uses for a space, is
 spelt by its three bytes. Its ids: 0 pad, 1 bos, 2 eos, 3 unknown (never used), then the configured special tokens, 256
-bytes, learned pieces. Other people's keep what they do, such as a dummy prefix or Unicode's NFC.
-Special tokens are never read from text, whatever it spells, unless `allow_special` asks for it."""
+bytes, learned pieces. Other people's keep what they do, such as a dummy prefix or Unicode's NFC."""
 
 import os
 from pathlib import Path
