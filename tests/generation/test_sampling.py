@@ -13,7 +13,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.generation.sampling import Rules, SamplingParams, choose, lowest_kept
 
 V = 12
-CUT = jax.jit(lowest_kept)
+CUT, CHOOSE = jax.jit(lowest_kept), jax.jit(choose)
 
 
 def rules_of(*params: SamplingParams, prompt_length: int = 3, samples: Any = None) -> Rules:
@@ -28,7 +28,7 @@ def draws(logits_V: np.ndarray, params: SamplingParams, count: int, text: list[i
     rules = jax.tree.map(lambda x: jnp.repeat(x, count, 0), one)._replace(sample=jnp.arange(count))
     tokens_BS = jnp.tile(jnp.array([text + [7] * 5]), (count, 1))  # what is behind the text means nothing
     lengths_B = jnp.full(count, len(text))
-    chosen = jax.jit(choose)(jnp.tile(jnp.asarray(logits_V), (count, 1)), rules, tokens_BS, lengths_B)
+    chosen = CHOOSE(jnp.tile(jnp.asarray(logits_V), (count, 1)), rules, tokens_BS, lengths_B)
     return np.bincount(chosen, minlength=V)
 
 
@@ -91,12 +91,10 @@ def test_rows_do_not_mix() -> None:
     logits_BV = np.random.default_rng(2).normal(size=(len(CASES) + 1, 100)).astype(np.float32)
     params = [SamplingParams(**case, seed=i) for i, case in enumerate(CASES.values())] + [SamplingParams(temperature=0)]
     tokens_BS, lengths_B = np.tile(np.arange(8), (len(params), 1)), np.full(len(params), 6)
-    together = choose(jnp.asarray(logits_BV), rules_of(*params), jnp.asarray(tokens_BS), jnp.asarray(lengths_B))
+    together = CHOOSE(logits_BV, rules_of(*params), tokens_BS, lengths_B)
     for row, each in enumerate(params):
         here = slice(row, row + 1)
-        alone = choose(
-            *map(jnp.asarray, (logits_BV[here],)), rules_of(each), *map(jnp.asarray, (tokens_BS[here], lengths_B[here]))
-        )
+        alone = CHOOSE(logits_BV[here], rules_of(each), tokens_BS[here], lengths_B[here])
         assert alone[0] == together[row]
 
 
