@@ -68,9 +68,8 @@ def _flatten(tree: Any) -> Json:
 
 @jax.jit
 def _fingerprint(x: jax.Array) -> jax.Array:
-    """uint32[3]: two lanes that depend on every bit of `x` and on its place, and the number of non-finite elements.
-
-    A lane is the sum modulo 2^32 of mix(bits ^ place * constant): the same however `x` is sharded. The mix (murmur3's
+    """uint32[3]: two lanes that depend on every bit of `x` and on its place, and the number of non-finite elements. A
+    lane is the sum modulo 2^32 of mix(bits ^ place * constant): the same however `x` is sharded. The mix (murmur3's
     finalizer) is a bijection, so a change of one element always shows. It guards against faults, not attackers."""
     if x.dtype.itemsize > 4:
         raise TypeError(f"checkpoints hold types of at most 4 bytes, not {x.dtype}")
@@ -154,9 +153,8 @@ def _read_arrays(path: Path, wanted: Json) -> Json:
 
 
 def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The items that `targets` names, each a pytree like its target, and the metadata.
-
-    Raises BadFileError for damage, ConfigError for another format or a leaf that is not as in the target."""
+    """The items that `targets` names, each a pytree like its target, and the metadata. Raises BadFileError for damage,
+    ConfigError for another format or a leaf that is not as in the target."""
     manifest = _read_manifest(path)
     wanted = {item: _flatten(place_shapes(tree)) for item, tree in targets.items()}
     for item, leaves in wanted.items():
@@ -175,7 +173,6 @@ def _newest_good(
     directory: Path, targets: dict[str, Any], *, only: int | None = None, set_aside: bool = False
 ) -> tuple[int, dict[str, Any], Any] | None:
     """The newest step (or step `only`) that restores exactly, its trees and metadata; a line for each that does not.
-
     Looks at the directory again after a failure: a trainer may meanwhile have deleted that step and saved another."""
     bad: dict[int, str] = {}
     while steps := [step for step in _steps(directory) if step not in bad and only in (None, step)]:
@@ -201,7 +198,6 @@ def _newest_good(
 
 def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -> tuple[int, Any, Any]:
     """Step, model and metadata of the newest intact step, or of `step`. Needs no lock and changes no file.
-
     `abstract_model` is a pytree with shapes, dtypes and shardings (`jax.eval_shape`); it lands on the current mesh.
     Raises BadFileError when nothing can be restored, ConfigError when a leaf differs in name, shape or dtype."""
     _set_up_orbax()
@@ -215,10 +211,9 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
 
 
 class Checkpoints(contextlib.ExitStack):
-    """The checkpoints of one run, held by the process (or the group of processes) that trains it.
-
-    A context manager: leaving it, or `close()`, waits for the last save like `wait` and frees the directory.
-    Raises StorageError when `run_dir` cannot be written, ConfigError when another process trains there."""
+    """The checkpoints of one run, held by the process (or the group of processes) that trains it. A context manager:
+    leaving it, or `close()`, waits for the last save like `wait` and frees the directory. Raises StorageError when
+    `run_dir` cannot be written, ConfigError when another process trains there."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         super().__init__()
@@ -243,11 +238,10 @@ class Checkpoints(contextlib.ExitStack):
         return _steps(self._directory)
 
     def save(self, step: int, model: Any, rest: Any, metadata: Any) -> None:
-        """Copy two pytrees of arrays to the host, and write them in the background as `step`.
-
-        `model` is what `restore_model` returns (the averaged parameters where there are any), `rest` all else that
-        training needs, `metadata` anything that JSON can hold. Waits for the previous save first, and raises what
-        `wait` raises; TrainingError when a leaf is not finite: then nothing is written."""
+        """Copy two pytrees of arrays to the host, and write them in the background as `step`. `model` is what
+        `restore_model` returns (the averaged parameters where there are any), `rest` all else that training needs,
+        `metadata` anything that JSON can hold. Waits for the previous save first, and raises what `wait` raises;
+        TrainingError when a leaf is not finite: then nothing is written."""
         self.wait()
         items = {"model": _flatten(model), "rest": _flatten(rest)}
         described = {item: _describe(leaves) for item, leaves in items.items()}
@@ -275,9 +269,8 @@ class Checkpoints(contextlib.ExitStack):
             self._pending = step, self._worker.submit(self._finish, step, writer)
 
     def wait(self) -> None:
-        """Return when all that was saved is durable.
-
-        A failed save raises StorageError, or with on_save_error="continue" prints a line. Older steps are untouched."""
+        """Return when all that was saved is durable. A failed save raises StorageError, or with
+        on_save_error="continue" prints a line. Older steps are untouched."""
         if self._pending is not None:
             step, saving = self._pending
             error = saving.exception()
@@ -291,12 +284,11 @@ class Checkpoints(contextlib.ExitStack):
             self.wait()
 
     def restore(self, abstract_model: Any, abstract_rest: Any) -> tuple[int, Any, Any, Any] | None:
-        """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved.
-
-        The targets are pytrees with shapes, dtypes and shardings (`jax.eval_shape`) and land on the current mesh, whose
-        shape may differ from that of the run that saved. Damaged newer steps are renamed to `N.corrupt`, with a line.
-        Raises ConfigError when a leaf differs in name, shape or dtype, BadFileError when there are steps but none is
-        intact: then none is renamed, so that one can be repaired."""
+        """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved. The targets are
+        pytrees with shapes, dtypes and shardings (`jax.eval_shape`) and land on the current mesh, whose shape may
+        differ from that of the run that saved. Damaged newer steps are renamed to `N.corrupt`, with a line. Raises
+        ConfigError when a leaf differs in name, shape or dtype, BadFileError when there are steps but none is intact:
+        then none is renamed, so that one can be repaired."""
         targets = {"model": abstract_model, "rest": abstract_rest}
         found = _newest_good(self._directory, targets, set_aside=self._primary)
         if found is None:

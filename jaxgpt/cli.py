@@ -180,9 +180,8 @@ Rows = list[tuple[str, int, bytes]]
 
 
 def _side_by_side(cuts: list[Rows]) -> list[list[Rows]]:
-    """What each tokenizer makes of the text up to every place where all of them end a token.
-
-    A place is counted from the end of the text: what is before may be longer by a dummy prefix."""
+    """What each tokenizer makes of the text up to every place where all of them end a token. A place is counted from
+    the end of the text: what is before may be longer by a dummy prefix."""
     sizes = [[len(raw) for _, _, raw in rows] for rows in cuts]
     places = [[end - sum(each) for end in itertools.accumulate(each)] for each in sizes]
     shared = sorted({0}.union(set(places[0]).intersection(*places[1:])))

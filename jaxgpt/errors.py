@@ -76,9 +76,8 @@ def _flush_output() -> None:
 
 
 def run_command(command: Callable[[list[str]], object]) -> None:
-    """Run `command(arguments)` and leave the process with 0, or with the status of the error that it raised.
-
-    `--debug` anywhere on the command line keeps the traceback of a user's error too."""
+    """Run `command(arguments)` and leave the process with 0, or with the status of the error that it raised. `--debug`
+    anywhere on the command line keeps the traceback of a user's error too."""
     faulthandler.enable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):

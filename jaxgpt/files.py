@@ -43,9 +43,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock, which the system frees when this process dies; the file names the holder.
-
-    When another process holds it: raises ConfigError, or waits for it and says so."""
+    """Hold a lock, which the system frees when this process dies; the file names the holder. When another process holds
+    it: raises ConfigError, or waits for it and says so."""
     with open(path, "a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,9 +32,8 @@ def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
 
 
 def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
-    """Parse `to_json`'s text.
-
-    Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an illegal value."""
+    """Parse `to_json`'s text. Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an
+    illegal value."""
     data = parse_json(text, where, "restore the file or start a new run")
     _refuse_unknown_keys(data, TrainConfig, "")
     try:
@@ -46,9 +45,8 @@ def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
 
 
 def load_preset(name: str) -> TrainConfig:
-    """The TrainConfig that `config()` in a Python file returns, or that a .json file holds.
-
-    A relative path is looked up here, then beside train.py. Raises ConfigError when there is no such preset."""
+    """The TrainConfig that `config()` in a Python file returns, or that a .json file holds. A relative path is looked
+    up here, then beside train.py. Raises ConfigError when there is no such preset."""
     path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
         presets = [f"configs/{preset.name}" for preset in sorted((ROOT / "configs").glob("*.py"))]

@@ -14,7 +14,6 @@ from jaxgpt.files import cache_home
 @contextmanager
 def kept_programs() -> Iterator[None]:
     """Keep what is compiled meanwhile in `<cache>/jaxgpt/compiled`, or in JAX_COMPILATION_CACHE_DIR, and say how much.
-
     A program is code that runs when it is read, so the directory is its owner's alone."""
     counts: Counter[str] = Counter()
 

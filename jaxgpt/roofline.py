@@ -56,9 +56,8 @@ def _measured_cpu_flops() -> float:
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """Operations a second that all devices of the mesh could do at best; None for a device that is not in the table.
-
-    On CPUs it is measured: simulated devices share the same cores."""
+    """Operations a second that all devices of the mesh could do at best; None for a device that is not in the table. On
+    CPUs it is measured: simulated devices share the same cores."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return _measured_cpu_flops() * jax.process_count()

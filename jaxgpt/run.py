@@ -81,9 +81,8 @@ class TrainedModel:
 
 
 def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:
-    """The newest intact checkpoint of a run, or that of `step`, on the current mesh.
-
-    Raises BadFileError when the directory is no run, is damaged or holds no checkpoint."""
+    """The newest intact checkpoint of a run, or that of `step`, on the current mesh. Raises BadFileError when the
+    directory is no run, is damaged or holds no checkpoint."""
     config = read_config(run_dir).model
     tokenizer = load_tokenizer(run_dir)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))

@@ -82,10 +82,8 @@ class Problems:
 
 
 def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
-    """The files behind `data.paths`, sorted by name within each path.
-
-    Raises BadFileError for a path without any, ConfigError for an unknown @name, StorageError when @shakespeare cannot
-    be downloaded."""
+    """The files behind `data.paths`, sorted by name within each path. Raises BadFileError for a path without any,
+    ConfigError for an unknown @name, StorageError when @shakespeare cannot be downloaded."""
     return [source for path in paths for source in _find(path, cache_dir)]
 
 
@@ -157,9 +155,8 @@ def _shakespeare(directory: Path) -> Path:
 
 
 def read_documents(sources: Iterable[Source], config: DataConfig, problems: Problems) -> Iterator[Document]:
-    """Every document of every source, in order; long ones in parts.
-
-    Raises BadFileError, naming file and line, for more than `problems.most_bad` documents that cannot be used."""
+    """Every document of every source, in order; long ones in parts. Raises BadFileError, naming file and line, for more
+    than `problems.most_bad` documents that cannot be used."""
     for source in sources:
         for name, chunks in _texts(source, config, problems):
             yield from _parts(name, chunks, problems)

@@ -62,7 +62,6 @@ class Loader:
         rows: slice = slice(None),
     ) -> None:
         """weights: share of the rows from each corpus, by default its share of the tokens; rows: this host's part.
-
         Raises ConfigError when a corpus is shorter than one sequence."""
         self._corpora, self._length = corpora, sequence_length
         self._batch_size, self._rows = batch_size, np.arange(batch_size)[rows]

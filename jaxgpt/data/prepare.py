@@ -31,11 +31,10 @@ REPORT_SECONDS = 5.0
 
 
 def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Tokenizer, list[Corpus]]:
-    """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there.
-
-    Without `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a
-    prepared directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer.
-    Raises BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit."""
+    """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there. Without
+    `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a prepared
+    directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer. Raises
+    BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit."""
     opened = [path for path in data.paths if _is_tokenized(path)]
     texts = [path for path in data.paths if path not in opened]
     groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in opened)]
@@ -121,9 +120,8 @@ class TextCorpus:
             raise BadFileError(f"data {self.name}: a file changed while it was read; run the same command again")
 
     def _read(self, problems: Problems) -> Iterator[tuple[int, int, bool, Document]]:
-        """Each part, with the number of its document, where in that it begins, and whether that is to be held out.
-
-        A hash of the content decides, so that this stays when the corpus grows, and copies are on the same side."""
+        """Each part, with the number of its document, where in that it begins, and whether that is to be held out. A
+        hash of the content decides, so that this stays when the corpus grows, and copies are on the same side."""
         number, begin, held_out = -1, 0, False
         for part in read_documents(self._sources, self.data, problems):
             if part.first:
@@ -135,10 +133,8 @@ class TextCorpus:
 
     @cached_property
     def survey(self) -> Survey:
-        """Read everything once.
-
-        When the hashes leave nothing on one side (one book, a few files), the end of the longest document is held out
-        instead."""
+        """Read everything once. When the hashes leave nothing on one side (one book, a few files), the end of the
+        longest document is held out instead."""
         problems, text_bytes = Problems(self.data.max_bad_documents), 0
         lengths, longest = [0, 0], (0, 0)  # characters on each side; characters and number of a document
         for number, begin, held_out, part in self._read(problems):

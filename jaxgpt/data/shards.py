@@ -85,9 +85,8 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
-    """Write the tokens of parts until `shard_tokens` is reached; returns counts and hashes, None without parts.
-
-    Nothing counts before the side-car is there: after a kill the shard is written again from its first part."""
+    """Write the tokens of parts until `shard_tokens` is reached; returns counts and hashes, None without parts. Nothing
+    counts before the side-car is there: after a kill the shard is written again from its first part."""
     tokens = part_count = text_bytes = 0
     starts: list[int] = []
     names: list[str] = []
@@ -135,10 +134,9 @@ def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[st
 
 
 def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
-    """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES.
-
-    Raises BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer. Without meta.json
-    it is nanoGPT's."""
+    """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES. Raises
+    BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer. Without meta.json it is
+    nanoGPT's."""
     path = directory / "meta.json"
     if not path.exists():
         return open_nanogpt(directory, tokenizer.vocab_size)
@@ -188,9 +186,8 @@ def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
 
 
 def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
-    """Open nanoGPT's `train.bin` and, where it exists, `val.bin`: a directory, or the path of `train.bin`.
-
-    Its documents are not known, so that each split counts as one."""
+    """Open nanoGPT's `train.bin` and, where it exists, `val.bin`: a directory, or the path of `train.bin`. Its
+    documents are not known, so that each split counts as one."""
     train_path = path / "train.bin" if path.is_dir() else path
     train = _map_tokens(train_path, np.dtype("<u2"))
     val_path = train_path.with_name("val.bin")

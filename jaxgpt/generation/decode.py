@@ -89,9 +89,8 @@ def admit(slots: Slots, new_B: jax.Array, tokens_BS: jax.Array, rules: Rules) ->
 
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnames="slots")
 def prefill(model: Transformer, slots: Slots, chosen_QP: jax.Array, start: jax.Array, chunk: int) -> Slots:
-    """Fill the cache of some slots with their tokens from place `start` on, `chunk` of them.
-
-    `chosen_QP` numbers the slots within each part of the mesh; a number beyond them stands for none."""
+    """Fill the cache of some slots with their tokens from place `start` on, `chunk` of them. `chosen_QP` numbers the
+    slots within each part of the mesh; a number beyond them stands for none."""
     parts, rows = chosen_QP.shape
     S = slots.tokens_BS.shape[1]
 
@@ -125,9 +124,8 @@ def _joined(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="slots")
 def decode(model: Transformer, slots: Slots, stopped_B: jax.Array, enough: jax.Array, steps: int) -> Slots:
-    """Append up to `steps` tokens to each text that is not complete; fewer once `enough` more texts are.
-
-    `stopped_B` marks those that the host has found complete, for example by a stop text."""
+    """Append up to `steps` tokens to each text that is not complete; fewer once `enough` more texts are. `stopped_B`
+    marks those that the host has found complete, for example by a stop text."""
 
     def step(slots: Slots) -> Slots:
         rules, lengths_B = slots.rules, slots.lengths_B

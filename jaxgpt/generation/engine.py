@@ -126,7 +126,6 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
-
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
         if params.logprobs is not None:
             raise ConfigError("logprobs: a stream has none; leave it out, or use Engine.generate")
@@ -140,9 +139,8 @@ class Engine:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
-        """One request for each sample of a prompt.
-
-        Raises ConfigError for a prompt that leaves no room in the context, or an id or top_k above the vocabulary."""
+        """One request for each sample of a prompt. Raises ConfigError for a prompt that leaves no room in the context,
+        or an id or top_k above the vocabulary."""
         ids, context, vocabulary = self._ids(prompt), self._config.context_length, self._tokenizer.vocab_size
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")

@@ -114,10 +114,9 @@ def _padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.
 
 
 def choose(logits_BV: jax.Array, rules: Rules, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """The next token of each slot, int32 [B]: edit the scores, then greedy, or temperature, filters and a draw.
-
-    The order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p.
-    Of equal scores greedy takes the lowest id."""
+    """The next token of each slot, int32 [B]: edit the scores, then greedy, or temperature, filters and a draw. The
+    order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p. Of
+    equal scores greedy takes the lowest id."""
     scores_BV = _edit(logits_BV, rules, tokens_BS, lengths_B)
     greedy_B = scores_BV.argmax(-1).astype(jnp.int32)
 
@@ -190,9 +189,8 @@ def _filter(x_BV: jax.Array, rules: Rules) -> jax.Array:
 
 
 def lowest_kept(x_BV: jax.Array, weights_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """The largest cut [B] such that the weights of all x >= cut add up to at least `wanted`.
-
-    Bisection over the integers whose order is that of float32, so it is exact but for the rounding of the sum."""
+    """The largest cut [B] such that the weights of all x >= cut add up to at least `wanted`. Bisection over the
+    integers whose order is that of float32, so it is exact but for the rounding of the sum."""
 
     def ordered(x: jax.Array) -> jax.Array:  # its own inverse, on int32
         return x ^ ((x >> 31) & 0x7FFFFFFF)

@@ -15,12 +15,11 @@ from jaxgpt.tokenizer import Tokenizer
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more: Any) -> list[int]:
-    """The ids of a conversation in the model's chat template, up to where its answer begins.
-
-    They are transformers' ids, unless a message spells a special token such as `<|im_end|>`: that stays text, so that
-    nobody can write a turn of another role. The template then sees another character for the first of the spelling,
-    and text after a special token begins with a space where the tokenizer puts one before every text.
-    Raises ConfigError for a model without a template, else what `render` raises."""
+    """The ids of a conversation in the model's chat template, up to where its answer begins. They are transformers'
+    ids, unless a message spells a special token such as `<|im_end|>`: that stays text, so that nobody can write a turn
+    of another role. The template then sees another character for the first of the spelling, and text after a special
+    token begins with a space where the tokenizer puts one before every text. Raises ConfigError for a model without a
+    template, else what `render` raises."""
     template, special = tokenizer.chat_template, tokenizer.special_tokens
     if not template:
         raise ConfigError(f"{tokenizer.where}: there is no chat template, so it cannot chat; use generate.py")
@@ -45,7 +44,6 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more
 
 def fit(engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, str]], max_new_tokens: int) -> list[int]:
     """The ids of a conversation; its oldest messages (but the system's) are removed, and reported, if it is too long.
-
     Room is kept for an answer of `max_new_tokens`, or of a quarter of the context if that is less."""
     first, before, context = int(messages[0]["role"] == "system"), len(messages), engine.room([])
     wanted = min(max_new_tokens, context // 4)
@@ -59,9 +57,8 @@ def fit(engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, str]], ma
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: str = "") -> None:
-    """Answer each line of standard input, on standard output, until it ends; in a terminal, hold a conversation.
-
-    Raises what `encode_chat` and `Engine.stream` raise; in a terminal a message that is refused is only reported."""
+    """Answer each line of standard input, on standard output, until it ends; in a terminal, hold a conversation. Raises
+    what `encode_chat` and `Engine.stream` raise; in a terminal a message that is refused is only reported."""
     start = [{"role": "system", "content": system}] if system else []
     encode_chat(tokenizer, [*start, {"role": "user", "content": "?"}])  # a template that cannot work says so at once
     messages = list(start)

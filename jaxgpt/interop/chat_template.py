@@ -19,11 +19,10 @@ CPU_SECONDS, SECONDS, MEMORY = 2, 5, 512 * 2**20  # computing, by the clock; add
 
 
 def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "chat template", **more: Any) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` makes it.
-
-    messages are {"role": ..., "content": ...}; `more` is what else the template sees, such as bos_token, of JSON's
-    types; `where` names it in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time,
-    memory or room, and ConfigError when it refuses the conversation, as one whose roles do not alternate."""
+    """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` makes it. messages are
+    {"role": ..., "content": ...}; `more` is what else the template sees, such as bos_token, of JSON's types; `where`
+    names it in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time, memory or room,
+    and ConfigError when it refuses the conversation, as one whose roles do not alternate."""
     from jaxgpt.errors import BadFileError, ConfigError  # here, since the process below runs this file alone
 
     def bad(why: str) -> BadFileError:

@@ -81,9 +81,8 @@ def _reading(where: str) -> Iterator[None]:
 
 
 def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
-    """The family and the configuration of a parsed config.json.
-
-    Raises BadFileError for an unknown family, a missing key, a value of a wrong kind or one that is not implemented."""
+    """The family and the configuration of a parsed config.json. Raises BadFileError for an unknown family, a missing
+    key, a value of a wrong kind or one that is not implemented."""
     if hf.get("quantization_config"):
         raise BadFileError(f"{where}: quantization_config is not implemented; take the unquantised model, or its GGUF")
     family = family_of(hf.get("model_type"), where)
@@ -164,9 +163,8 @@ def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, .
 
 
 def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json]:
-    """The family `preferred`, or the first that can hold this model, and its config.json.
-
-    Raises ConfigError, naming what differs from the nearest, when there is none."""
+    """The family `preferred`, or the first that can hold this model, and its config.json. Raises ConfigError, naming
+    what differs from the nearest, when there is none."""
     config = canonical(config)
     differs: dict[str, list[str]] = {}
     for family in sorted(FAMILIES, key=lambda family: family.model_type != preferred):
@@ -288,9 +286,8 @@ def _slowing(config: ModelConfig) -> np.ndarray:
 def write_gguf_config(
     config: ModelConfig, family: Family, tensors: Mapping[str, StoredTensor]
 ) -> tuple[Json, dict[str, StoredTensor]]:
-    """The metadata, and `tensors` with those that only describe positions.
-
-    Raises ConfigError, naming what is lost, when GGUF cannot hold the model."""
+    """The metadata, and `tensors` with those that only describe positions. Raises ConfigError, naming what is lost,
+    when GGUF cannot hold the model."""
     config, tensors = canonical(config), dict(tensors)
     values = _values(config)
     if config.rope_scaling == "llama3":

@@ -32,9 +32,8 @@ _PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 5, 8, 13: def f
 
 
 def convert(source: Path, target: Path, to: Format, dtype: Precision) -> None:
-    """Write the model at `source` (any that `load_model` takes) to `target` in another format.
-
-    Raises ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source."""
+    """Write the model at `source` (any that `load_model` takes) to `target` in another format. Raises ConfigError when
+    the target exists or the format cannot hold the model, BadFileError for a bad source."""
     if target.exists():
         raise ConfigError(f"convert: {target} exists; remove it or choose another name")
     if dtype == "q8_0" and to != "gguf":

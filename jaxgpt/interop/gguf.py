@@ -88,9 +88,8 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Settings and tensors of a file; tensors are read when they are asked for.
-
-    Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile, or not implemented."""
+    """Settings and tensors of a file; tensors are read when they are asked for. Raises BadFileError, naming the key or
+    tensor, for whatever is damaged, hostile, or not implemented."""
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise BadFileError(f"model {path}: it is no GGUF file; fetch the file again")
@@ -170,9 +169,8 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: int) -> Stored
 
 
 def write_gguf(path: Path, metadata: dict[str, Any], tensors: TensorWriter) -> None:
-    """Write settings and tensors of the kinds F32, F16, BF16 and Q8_0, one in memory at a time.
-
-    The caller renames: a file that is not complete has no name of its own."""
+    """Write settings and tensors of the kinds F32, F16, BF16 and Q8_0, one in memory at a time. The caller renames: a
+    file that is not complete has no name of its own."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
     listed = list(tensors)

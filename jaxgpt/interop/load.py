@@ -28,11 +28,10 @@ Dtype = Literal["float32", "bfloat16"]
 def load_model(
     path: Path, *, step: int | None = None, dtype: Dtype | None = None, for_training: bool = False
 ) -> TrainedModel:
-    """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`.
-
-    Parameters are ready for decoding: each layer has arrays of its own, matrices in the compute dtype. `for_training`
-    stacks the layers and keeps float32. `dtype` is that of the arithmetic; a foreign model has float32 by default.
-    Raises BadFileError for a file that is damaged, hostile, or holds what is not implemented."""
+    """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`. Parameters
+    are ready for decoding: each layer has arrays of its own, matrices in the compute dtype. `for_training` stacks the
+    layers and keeps float32. `dtype` is that of the arithmetic; a foreign model has float32 by default. Raises
+    BadFileError for a file that is damaged, hostile, or holds what is not implemented."""
     if _is_run(path):
         trained = load_run(path, step)
         return trained if for_training else replace(trained, model=for_decoding(trained.model))

@@ -27,9 +27,8 @@ _MAX_HEADER, _MAX_DIMS = 2**24, 8
 
 
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory, read when it is asked for.
-
-    Raises BadFileError for a damaged or hostile file, an index that does not agree with its files, or pickle files."""
+    """Every tensor of a directory, read when it is asked for. Raises BadFileError for a damaged or hostile file, an
+    index that does not agree with its files, or pickle files."""
     if not (directory / _INDEX).exists():
         if not (directory / _ONE).is_file():
             pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
@@ -97,9 +96,8 @@ def _size(kind: str, shape: list) -> int:
 
 
 def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: float = 5e9) -> None:
-    """Write tensors of the kinds F32 and BF16, one in memory at a time.
-
-    More than `max_shard_bytes` go to several files and an index, in the names that other tools expect."""
+    """Write tensors of the kinds F32 and BF16, one in memory at a time. More than `max_shard_bytes` go to several files
+    and an index, in the names that other tools expect."""
     shards: list[list[tuple]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:

@@ -25,7 +25,6 @@ class StoredTensor:
 
 def plain_tensor(path: Path, start: int, shape: tuple[int, ...], kind: str) -> StoredTensor:
     """Numbers as they are stored. Not mapped: the file's pages would count as memory beside what is made of them.
-
     Raises KeyError, when it reads, for a kind that is not in PLAIN: the caller has compared kinds before."""
     size = math.prod(shape)
     return StoredTensor(shape, kind, lambda: np.fromfile(path, PLAIN[kind], size, offset=start).reshape(shape))

@@ -30,9 +30,8 @@ class Check(NamedTuple):
 
 
 def verify(model: Transformer) -> list[Check]:
-    """Every check, on random tokens. Differences of logits are relative to the largest logit.
-
-    Their limit is 1e-4 in float32 and 0.05 in bfloat16, with its steps 2^16 times as large; leaks must be exactly 0."""
+    """Every check, on random tokens. Differences of logits are relative to the largest logit. Their limit is 1e-4 in
+    float32 and 0.05 in bfloat16, with its steps 2^16 times as large; leaks must be exactly 0."""
     config, limit = model.config, 1e-4 if model.config.dtype == "float32" else 0.05
     length, vocabulary = min(_LENGTH, config.context_length), config.vocab_size or 0
     tokens_BT = np.random.default_rng(0).integers(0, vocabulary, (2 * batch_parts(), length), np.int32)
@@ -91,9 +90,8 @@ def _packed(model: Transformer, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _leak(model: Transformer, window: int) -> float:
-    """How much one layer's query sees of a key outside its window (or in its future, for 0).
-
-    A layer that does not see the last key inside the window either gives infinity: it would pass for a wrong reason."""
+    """How much one layer's query sees of a key outside its window (or in its future, for 0). A layer that does not see
+    the last key inside the window either gives infinity: it would pass for a wrong reason."""
     config, one = model.config, copy.copy(model)
     at = next((i for i, w in enumerate(config.layer_windows) if w), 0) if window else 0
     one.layers = model.unstacked().layers[at : at + 1]  # type: ignore[index]

@@ -73,9 +73,8 @@ def _sentencepiece(own: Json, kinds: list[int], ids: Json) -> bytes:
 
 
 def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> Json:
-    """The settings that describe a tokenizer in GGUF, with unused tokens up to `vocab_size`.
-
-    Raises ConfigError when GGUF has no name for how it cuts a text."""
+    """The settings that describe a tokenizer in GGUF, with unused tokens up to `vocab_size`. Raises ConfigError when
+    GGUF has no name for how it cuts a text."""
     missing = vocab_size - tokenizer.vocab_size
     pieces = [piece or f"[unused{i}]" for i, piece in enumerate(tokenizer.pieces + [""] * missing)]
     own = _gguf_model(tokenizer, pieces, tokenizer.kinds + [Kind.UNUSED] * missing)
@@ -149,9 +148,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _json_of(tokenizer: SentencePieceTokenizer) -> bytes:
-    """The tokenizer.json that cuts every text as a SentencePiece model does.
-
-    But U+2581 in a text is a space, and of two ways that a unigram model likes equally it may take the other."""
+    """The tokenizer.json that cuts every text as a SentencePiece model does. But U+2581 in a text is a space, and of
+    two ways that a unigram model likes equally it may take the other."""
     pieces = [_written(piece, kind) for piece, kind in zip(tokenizer.pieces, tokenizer.kinds, strict=True)]
     ids, unknown = {piece: i for i, piece in enumerate(pieces)}, tokenizer.kinds.index(Kind.UNKNOWN)
     if tokenizer.unigram:  # the library would find control and byte pieces in a text, were they not so unlikely

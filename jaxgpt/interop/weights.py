@@ -122,7 +122,6 @@ def _names(config: ModelConfig) -> set[str]:
 
 def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) -> None:
     """Raise BadFileError, naming the tensor, unless exactly those of the configuration are there in their shapes.
-
     Tensors that older files hold although they are computed, or tied to another, are counted on standard error."""
     left = dict(tensors)
     for template, rows in layout.tensors(_names(layout.config)).items():
@@ -150,7 +149,6 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
 
 def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTensor], where: str) -> Any:
     """`abstract` (`jax.eval_shape` of a Transformer, stacked or not) with the parameters of a file, on its devices.
-
     Raises BadFileError for a value that is not finite."""
     rows_of = {row.name: (row, rows) for rows in layout.tensors(_names(layout.config)).values() for row in rows}
 

@@ -15,9 +15,8 @@ def attention_mask(
     segments: tuple[jax.Array, jax.Array] | None = None,
     window: int | jax.Array = 0,
 ) -> jax.Array:
-    """True where a query sees a key: not in its future, in its document, less than `window` back (0: any).
-
-    `segments` are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S]."""
+    """True where a query sees a key: not in its future, in its document, less than `window` back (0: any). `segments`
+    are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S]."""
     distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     mask_BTS = distance_BTS >= 0
     if segments is not None:
@@ -35,10 +34,9 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245).
-
-    Scores and softmax are float32. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then replaces them
-    by c * tanh(scores / c). Returns [B, T, H, K]."""
+    """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245). Scores and
+    softmax are float32. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then replaces them by c *
+    tanh(scores / c). Returns [B, T, H, K]."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K, out_sharding=out_sharding("BTGRK"))  # JAX would cut R when G is 1

@@ -42,7 +42,6 @@ def _logits(x_BTD: jax.Array, w_VD: jax.Array, options: LossOptions) -> jax.Arra
 
 def _losses(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Negative log-likelihood [B, T] in nats (0 where the label is -1), log-partition [B, T], one-hot labels [B, T, V].
-
     A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses."""
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     ids_V = jnp.arange(logits_BTV.shape[-1], out_sharding=out_sharding("V"))
@@ -70,10 +69,9 @@ def _total(losses_BT: jax.Array, log_z_BT: jax.Array, weights_BT: jax.Array, opt
 def linear_cross_entropy(
     x_BTD: jax.Array, w_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports).
-
-    Only the sum has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by
-    `options.chunks`. The z-loss is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118."""
+    """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports). Only the sum
+    has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by `options.chunks`. The z-loss
+    is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118."""
 
     def chunk(total: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         x, labels, weights = inputs

@@ -16,7 +16,6 @@ Activation = Callable[[jax.Array], jax.Array]
 
 def route(logits_BTE: jax.Array, count: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
     """Weights, float32, and numbers of the `count` most probable experts, [B, T, M] each; of equals the lowest first.
-
     With `normalize` a token's weights add up to 1."""
     weights_BTM, experts_BTM = jax.lax.top_k(jax.nn.softmax(logits_BTE.astype(jnp.float32)), count)
     if normalize:
@@ -31,10 +30,8 @@ def mixture(
     matrices: tuple[jax.Array, jax.Array, jax.Array],
     activate: Activation,
 ) -> jax.Array:
-    """The weighted sum [B, T, D] of each token's experts, down(activate(gate(x)) * up(x)).
-
-    `matrices` are gate and up [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole.
-    """
+    """The weighted sum [B, T, D] of each token's experts, down(activate(gate(x)) * up(x)). `matrices` are gate and up
+    [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole. """
 
     def local(x_BTD: jax.Array, weights_BTM: jax.Array, experts_BTM: jax.Array, *matrices: jax.Array) -> jax.Array:
         gate_EDF, up_EDF, down_EFD = matrices
@@ -63,9 +60,8 @@ def mixture(
 
 def router_losses(logits_BTE: jax.Array, experts_BTM: jax.Array) -> jax.Array:
     """The load-balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961, equation 4), where the
-    shares of a token's M experts add up to M, and the mean squared log-partition (arXiv:2202.08906, equation 5).
-
-    Means over all tokens of the batch. Returns float32 [2]."""
+    shares of a token's M experts add up to M, and the mean squared log-partition (arXiv:2202.08906, equation 5). Means
+    over all tokens of the batch. Returns float32 [2]."""
     experts = logits_BTE.shape[-1]
     logits_BTE = logits_BTE.astype(jnp.float32)
     chosen_BTME = experts_BTM[..., None] == jnp.arange(experts)[None, None, None]

@@ -16,11 +16,10 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, 1, rotary_dim
 
 
 def frequencies(config: ModelConfig, theta: float, scaling: str, length: int) -> np.ndarray:
-    """Radians per position, float32 [rotary_dim / 2], for texts of up to `length` tokens.
-
-    llama3 slows frequencies that turn less than `rope_low_frequency` times in the original context and blends up to
-    `rope_high_frequency` (arXiv:2407.21783, section 3.4.2); longrope divides each by a factor of its own
-    (arXiv:2402.13753), for the whole text at once: all of it is shorter or longer than the original context."""
+    """Radians per position, float32 [rotary_dim / 2], for texts of up to `length` tokens. llama3 slows frequencies that
+    turn less than `rope_low_frequency` times in the original context and blends up to `rope_high_frequency`
+    (arXiv:2407.21783, section 3.4.2); longrope divides each by a factor of its own (arXiv:2402.13753), for the whole
+    text at once: all of it is shorter or longer than the original context."""
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / config.rotary_dim
     turns: np.ndarray = (1 / np.float32(theta) ** exponents).astype(np.float32)
     match scaling:

@@ -64,10 +64,9 @@ class Transformer(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """Hidden states [B, T, D] after the last norm, the cache with this call's keys and values, and the mean over
-        the layers of `router_losses` [2]: None without experts or with a cache.
-
-        `segments_BT` numbers the packed documents of a row: a token sees its own document only. With a cache,
-        positions say into which slots keys and values go; a position beyond the cache is not written."""
+        the layers of `router_losses` [2]: None without experts or with a cache. `segments_BT` numbers the packed
+        documents of a row: a token sees its own document only. With a cache, positions say into which slots keys and
+        values go; a position beyond the cache is not written."""
         losses = None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)

@@ -23,9 +23,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # looked 
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """A .model file, a tokenizer.json, or a directory with one of them (or GPT-2's vocab.json and merges.txt).
-
-    Raises BadFileError when it is missing or no usable model."""
+    """A .model file, a tokenizer.json, or a directory with one of them (or GPT-2's vocab.json and merges.txt). Raises
+    BadFileError when it is missing or no usable model."""
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).exists()), path / "tokenizer.model")

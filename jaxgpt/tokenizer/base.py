@@ -31,12 +31,10 @@ def spelt(piece: str, kind: int) -> bytes:
 
 
 class Tokenizer(ABC):
-    """One interface for all kinds.
-
-    vocab_size counts all ids; pieces[id] is how the model writes an id, such as `▁return`, `<0x0A>` or `<s>`, kinds[id]
-    what it is, token_bytes[id] what it adds to the text (b"" for special tokens); special_tokens maps each control
-    symbol to its id; sha256 identifies the model. bos_ids is what begins a text (nothing for some), end_ids whatever
-    ends one; chat_template is Jinja's source, if there is one."""
+    """One interface for all kinds. vocab_size counts all ids; pieces[id] is how the model writes an id, such as
+    `▁return`, `<0x0A>` or `<s>`, kinds[id] what it is, token_bytes[id] what it adds to the text (b"" for special
+    tokens); special_tokens maps each control symbol to its id; sha256 identifies the model. bos_ids is what begins a
+    text (nothing for some), end_ids whatever ends one; chat_template is Jinja's source, if there is one."""
 
     file_name: str
     byte_level = False  # whether pieces are written in byte-level BPE's alphabet of bytes
@@ -67,11 +65,9 @@ class Tokenizer(ABC):
     def encode(
         self, text: str, *, bos: bool = False, allow_special: bool = False, sampling_alpha: float = 0.0
     ) -> list[int]:
-        """The ids of `text`, behind what begins one if `bos`.
-
-        allow_special reads the text of a special token as that token: only for text that the program itself wrote.
-        sampling_alpha > 0 draws a random segmentation (BPE dropout, or unigram sampling with that temperature).
-        Raises ConfigError for a lone surrogate."""
+        """The ids of `text`, behind what begins one if `bos`. allow_special reads the text of a special token as that
+        token: only for text that the program itself wrote. sampling_alpha > 0 draws a random segmentation (BPE dropout,
+        or unigram sampling with that temperature). Raises ConfigError for a lone surrogate."""
         _refuse_surrogates(text)
         known = self._spelt_or_special if allow_special else self._spelt
         longest_first = sorted(map(re.escape, known), key=len, reverse=True)
@@ -93,9 +89,8 @@ class Tokenizer(ABC):
         return [self.encode(t) if SPACE in t and self._spelt else ids for t, ids in zip(texts, found, strict=True)]
 
     def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
-        """The bytes of `ids`, which may go on a text; special tokens are written out only when asked.
-
-        Raises ConfigError for an unknown id."""
+        """The bytes of `ids`, which may go on a text; special tokens are written out only when asked. Raises
+        ConfigError for an unknown id."""
         parts = []
         for token in ids:
             if not 0 <= token < self.vocab_size:

@@ -57,11 +57,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """Learn a tokenizer from the first `config.training_bytes` of the documents; the same text gives the same model.
-
-    A document is one SentencePiece sentence, so that line ends and indentation are learned too (a model trained on
-    lines needs 6 % more tokens for Python). Tabs stay single bytes: SentencePiece keeps them for itself.
-    Raises ConfigError when the vocabulary does not fit the text, BadFileError when there is no text."""
+    """Learn a tokenizer from the first `config.training_bytes` of the documents; the same text gives the same model. A
+    document is one SentencePiece sentence, so that line ends and indentation are learned too (a model trained on lines
+    needs 6 % more tokens for Python). Tabs stay single bytes: SentencePiece keeps them for itself. Raises ConfigError
+    when the vocabulary does not fit the text, BadFileError when there is no text."""
     if reserved := {"<pad>", "<s>", "</s>", "<unk>"}.intersection(config.special_tokens):
         raise ConfigError(f"tokenizer.special_tokens: {', '.join(sorted(reserved))} exists already; leave it out")
     model = io.BytesIO()

@@ -20,10 +20,9 @@ def evaluate(
     tokenizer: Tokenizer,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so.
-
-    The bits are those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio
-    estimator over windows, which are taken as independent (Cochran, Sampling Techniques, 2.11)."""
+    """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so. The bits are
+    those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over
+    windows, which are taken as independent (Cochran, Sampling Techniques, 2.11)."""
     lengths = np.array([len(raw) for raw in tokenizer.token_bytes])
     nats: list[jax.Array | np.ndarray] = []
     token_counts, byte_counts = [], []

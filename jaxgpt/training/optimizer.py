@@ -49,7 +49,6 @@ _of_each = functools.partial(functools.partial, jax.tree_util.tree_map_with_path
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, scale by the configured rule, add decoupled weight decay, scale by the learning rate.
-
     Sources: AdamW arXiv:1711.05101, Lion arXiv:2302.06675, Adafactor arXiv:1804.04235, Muon arXiv:2502.16982 (whose
     update has the size of AdamW's, so that one learning rate serves matrices and embeddings)."""
     match config.name:

@@ -110,10 +110,9 @@ def _gradients(
 
 
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
-    """The jitted step, (state, batch) -> (state, metrics); it takes over (donates) the state that it is given.
-
-    An update that is not finite, in loss or gradient, is not applied: only `step` moves on, and `finite` is False.
-    Dropout draws from (seed, step), so that a resumed run repeats it."""
+    """The jitted step, (state, batch) -> (state, metrics); it takes over (donates) the state that it is given. An
+    update that is not finite, in loss or gradient, is not applied: only `step` moves on, and `finite` is False. Dropout
+    draws from (seed, step), so that a resumed run repeats it."""
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     rate = learning_rate(config.optimizer, config.training.steps)
     decay = config.optimizer.ema_decay
