@@ -31,7 +31,7 @@ def mixture(
     activate: Activation,
 ) -> jax.Array:
     """The weighted sum [B, T, D] of each token's experts, down(activate(gate(x)) * up(x)). `matrices` are gate and up
-    [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole. """
+    [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole."""
 
     def local(x_BTD: jax.Array, weights_BTM: jax.Array, experts_BTM: jax.Array, *matrices: jax.Array) -> jax.Array:
         gate_EDF, up_EDF, down_EFD = matrices
