@@ -1,7 +1,7 @@
 """Files to documents: one text at a time, in a fixed order, and nothing dropped without a word.
 
 A document is a .txt, .md or .py file, a line of .jsonl or .jsonl.gz, or a row of .parquet. Memory stays flat: a text
-longer than PART_CHARACTERS comes in parts, cut where no token of a tokenizer trained here can cross."""
+longer than MOST_CHARACTERS makes several documents, cut where no token of a tokenizer trained here can cross."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -25,7 +25,7 @@ import pyarrow.parquet
 from jaxgpt.config import DataConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, nearest
 
-PART_CHARACTERS = 2**20  # SentencePiece needs about 100 bytes of memory for each character of one text
+MOST_CHARACTERS = 2**20  # SentencePiece needs about 100 bytes of memory for each character of one text
 LONGEST_LINE = 64 * 2**20  # bytes in one line of JSON
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 BUILTINS = ("@python", "@shakespeare")
@@ -34,22 +34,16 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 _MACHINE_FILES = re.compile(r"(^|/)(_sysconfigdata|config-)")  # differ from machine to machine
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A file that holds documents, and the name that messages call it by."""
 
     path: Path
     name: str
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text, or a part of a long one."""
-
+class Document(NamedTuple):
     name: str
     text: str
-    first: bool = True
-    last: bool = True
 
 
 @dataclass
@@ -155,11 +149,11 @@ def _shakespeare(directory: Path) -> Path:
 
 
 def read_documents(sources: Iterable[Source], config: DataConfig, problems: Problems) -> Iterator[Document]:
-    """Every document of every source, in order; long ones in parts. Raises BadFileError, naming file and line, for more
+    """Every document of every source, in order. Raises BadFileError, naming file and line, for more
     than `problems.most_bad` documents that cannot be used."""
     for source in sources:
         for name, chunks in _texts(source, config, problems):
-            yield from _parts(name, chunks, problems)
+            yield from _documents(name, chunks, problems)
 
 
 def _texts(source: Source, config: DataConfig, problems: Problems) -> Iterator[tuple[str, Iterable[str]]]:
@@ -176,35 +170,30 @@ def _texts(source: Source, config: DataConfig, problems: Problems) -> Iterator[t
         yield source.name, _text_chunks(source, problems)
 
 
-def _parts(name: str, chunks: Iterable[str], problems: Problems) -> Iterator[Document]:
-    """One document, in parts of at most PART_CHARACTERS."""
-    rest, first = "", True
+def _documents(name: str, chunks: Iterable[str], problems: Problems) -> Iterator[Document]:
+    """A text as a document, or several of at most MOST_CHARACTERS."""
+    rest, count = "", 0
     for chunk in chunks:
-        if first and "\0" in chunk:
+        if not count and "\0" in chunk:
             return problems.skip(name, "holds NUL characters, so it is binary or UTF-16")
         rest += chunk
-        while len(rest) > PART_CHARACTERS:
-            cut = _cut_before_space(rest)
-            yield Document(name, rest[:cut], first, last=False)
-            rest, first = rest[cut:], False
+        while len(rest) > MOST_CHARACTERS:
+            # A token may begin with spaces but never goes on past the first one after other characters.
+            cut = len(rest[: max(rest.rfind(" ", 0, MOST_CHARACTERS), 0)].rstrip(" "))
+            cut = cut if cut > MOST_CHARACTERS // 2 else MOST_CHARACTERS
+            yield Document(name, rest[:cut])
+            rest, count = rest[cut:], count + 1
     if rest:
-        yield Document(name, rest, first)
+        yield Document(name, rest)
     else:
         problems.count("skipped {number} empty documents", name)
-
-
-def _cut_before_space(text: str) -> int:
-    """Where to cut: a token may begin with spaces but never goes on past the first one after other characters."""
-    last_space = text.rfind(" ", 0, PART_CHARACTERS)
-    cut = len(text[: max(last_space, 0)].rstrip(" "))
-    return cut if cut > PART_CHARACTERS // 2 else PART_CHARACTERS
 
 
 def _text_chunks(source: Source, problems: Problems) -> Iterator[str]:
     """A text file, its byte order mark removed, its line ends kept, its undecodable bytes replaced and counted."""
     bad = 0
     with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        while text := file.read(PART_CHARACTERS):
+        while text := file.read(MOST_CHARACTERS):
             text, count = re.subn("[\udc80-\udcff]", "\ufffd", text)
             bad += count
             yield text

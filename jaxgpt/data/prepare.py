@@ -12,10 +12,10 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def _choose_tokenizer(
     if not path.exists():
         note(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
         total = sum(corpus.survey.text_bytes for corpus in corpora)
-        texts = (part.text for corpus in corpora for part in corpus.parts(held_out=False))
+        texts = (document.text for corpus in corpora for document in corpus.documents(held_out=False))
         trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
         for corpus in corpora:
             corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
@@ -91,13 +91,12 @@ def _sample(texts: Iterable[str], total: int, limit: int) -> Iterator[str]:
             yield taken
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """What the first reading of a corpus finds."""
 
     text_bytes: int
     problems: Problems
-    cut: tuple[int, int] | None  # where only the end of one document is held out: its number, and the first character
+    cut: int | None  # the character from which on all is held out, where the hashes of documents leave a side empty
 
 
 class TextCorpus:
@@ -119,58 +118,42 @@ class TextCorpus:
         if self._digests != self._digest_files():
             raise BadFileError(f"data {self.name}: a file changed while it was read; run the same command again")
 
-    def _read(self, problems: Problems) -> Iterator[tuple[int, int, bool, Document]]:
-        """Each part, with the number of its document, where in that it begins, and whether that is to be held out. A
-        hash of the content decides, so that this stays when the corpus grows, and copies are on the same side."""
-        number, begin, held_out = -1, 0, False
-        for part in read_documents(self._sources, self.data, problems):
-            if part.first:
-                number, begin = number + 1, 0
-                digest = hashlib.blake2b(part.text.encode(), digest_size=8).digest()
-                held_out = int.from_bytes(digest) < self.data.val_fraction * 2**64
-            yield number, begin, held_out, part
-            begin += len(part.text)
+    def _read(self, problems: Problems) -> Iterator[tuple[bool, Document]]:
+        """Each document, and whether it is to be held out. A hash of its text decides, so that this stays when the
+        corpus grows, and copies are on the same side."""
+        for document in read_documents(self._sources, self.data, problems):
+            digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+            yield int.from_bytes(digest) < self.data.val_fraction * 2**64, document
 
     @cached_property
     def survey(self) -> Survey:
         """Read everything once. When the hashes leave nothing on one side (one book, a few files), the end of the
-        longest document is held out instead."""
+        corpus is held out instead."""
         problems, text_bytes = Problems(self.data.max_bad_documents), 0
-        lengths, longest = [0, 0], (0, 0)  # characters on each side; characters and number of a document
-        for number, begin, held_out, part in self._read(problems):
-            text_bytes += len(part.text.encode())
-            lengths[held_out] += len(part.text)
-            longest = max(longest, (begin + len(part.text), number))
+        lengths = [0, 0]  # characters on each side
+        for held_out, document in self._read(problems):
+            text_bytes += len(document.text.encode())
+            lengths[held_out] += len(document.text)
         for line in problems.lines():
             note(f"data {self.name}: {line}")
         if not text_bytes:
             raise BadFileError(f"data {self.name}: there is no text in it; check data.paths and data.text_key")
-        cut = None
-        if self.data.val_fraction and 0 in lengths:
-            tail = max(1, min(longest[0] // 2, round(self.data.val_fraction * sum(lengths))))
-            cut = longest[1], longest[0] - tail
-        return Survey(text_bytes, problems, cut)
+        total = sum(lengths)
+        tail = max(1, min(total // 2, round(self.data.val_fraction * total)))
+        return Survey(text_bytes, problems, total - tail if self.data.val_fraction and 0 in lengths else None)
 
-    def parts(self, *, held_out: bool) -> Iterator[Document]:
-        cut = self.survey.cut
-        for number, begin, by_hash, part in self._read(Problems(self.data.max_bad_documents)):
-            if cut and number == cut[0]:
-                part = _cut(part, cut[1] - begin)[held_out]
-            elif held_out != (by_hash and not cut):
-                continue
-            if part.text:
-                yield part
-
-
-def _cut(part: Document, place: int) -> tuple[Document, Document]:
-    """What comes before and after character `place`, or rather after the line that it is in."""
-    if place < 0:
-        return replace(part, text=""), part
-    if place >= len(part.text):
-        return part, replace(part, text="")
-    line_end = part.text.find("\n", place) + 1
-    place = line_end if 0 < line_end < len(part.text) else place
-    return replace(part, text=part.text[:place], last=True), replace(part, text=part.text[place:], first=True)
+    def documents(self, *, held_out: bool) -> Iterator[Document]:
+        begin = 0
+        for by_hash, (name, text) in self._read(Problems(self.data.max_bad_documents)):
+            sides = ("", text) if by_hash else (text, "")
+            if self.survey.cut is not None:
+                place = min(max(self.survey.cut - begin, 0), len(text))
+                line_end = text.find("\n", place) + 1 if place else 0  # a line stays whole where that leaves a rest
+                place = line_end if 0 < line_end < len(text) else place
+                sides = text[:place], text[place:]
+            begin += len(text)
+            if sides[held_out]:
+                yield Document(name, sides[held_out])
 
 
 def _file_digest(path: Path) -> str:
@@ -212,20 +195,20 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
 
 def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write the shards of one split that are not there yet; returns its entry in meta.json."""
-    parts = text.parts(held_out=split == "val")
     compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
     gzip_bytes = 0
 
-    def compressed() -> Iterator[Document]:
+    def documents() -> Iterator[Document]:
         nonlocal gzip_bytes
-        for part in parts:
-            gzip_bytes += len(compressor.compress(part.text.encode()))
-            yield part
+        for document in text.documents(held_out=split == "val"):
+            if split == "val":
+                gzip_bytes += len(compressor.compress(document.text.encode()))
+            yield document
 
     shards = finished_shards(directory, split)
     if shards:
         note(f"data {text.name}: going on after {len(shards)} finished {split} shards")
-    todo = itertools.islice(compressed() if split == "val" else parts, sum(shard["parts"] for shard in shards), None)
+    todo = itertools.islice(documents(), sum(shard["documents"] for shard in shards), None)
     encoded = _encode(todo, tokenizer, f"data {text.name}: {split}")
     while shard := write_shard(directory / f"{split}_{len(shards):05}", encoded, text.data.shard_tokens):
         shards.append(shard)
@@ -235,26 +218,25 @@ def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Token
     return {**entry, "shards": shards}
 
 
-def _encode(parts: Iterator[Document], tokenizer: Tokenizer, what: str) -> Iterator[tuple[Document, np.ndarray]]:
+def _encode(documents: Iterator[Document], tokenizer: Tokenizer, what: str) -> Iterator[tuple[Document, np.ndarray]]:
     """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
     dtype = token_dtype(tokenizer)
     done, started = 0, time.monotonic()
     reported = started
-    while batch := _take(parts):
-        for part, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
-            ids = [*[tokenizer.bos_id] * part.first, *ids, *[tokenizer.eos_id] * part.last]
-            yield part, np.array(ids, dtype)
-        done += sum(len(part.text) for part in batch)
+    while batch := _take(documents):
+        for document, ids in zip(batch, tokenizer.encode_batch([each.text for each in batch]), strict=True):
+            yield document, np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
+        done += sum(len(each.text) for each in batch)
         if (now := time.monotonic()) - reported > REPORT_SECONDS:
             speed = done / 1e6 / (now - started)
             note(f"{what}: {done / 1e6:,.1f} million characters tokenized, {speed:.1f} a second")
             reported = now
 
 
-def _take(parts: Iterator[Document]) -> list[Document]:
+def _take(documents: Iterator[Document]) -> list[Document]:
     batch: list[Document] = []
     characters = 0
-    while characters < BATCH_CHARACTERS and (part := next(parts, None)):
-        batch.append(part)
-        characters += len(part.text)
+    while characters < BATCH_CHARACTERS and (document := next(documents, None)):
+        batch.append(document)
+        characters += len(document.text)
     return batch

@@ -22,7 +22,7 @@ from jaxgpt.errors import BadFileError
 from jaxgpt.files import parse_json, write_atomically
 from jaxgpt.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
 REMEDY = "restore the directory, or remove it and prepare the text again"
 
@@ -84,36 +84,34 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def write_shard(stem: Path, parts: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
-    """Write the tokens of parts until `shard_tokens` is reached; returns counts and hashes, None without parts. Nothing
-    counts before the side-car is there: after a kill the shard is written again from its first part."""
-    tokens = part_count = text_bytes = 0
+def write_shard(stem: Path, encoded: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
+    """Write tokens of documents until `shard_tokens` is reached; returns counts and hashes, None without documents.
+    Nothing counts before the side-car is there: after a kill the shard is written again from its first document."""
+    tokens = text_bytes = 0
     starts: list[int] = []
     names: list[str] = []
     digest = hashlib.sha256()
     temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        for part, ids in parts:
-            if part.first:
-                starts.append(tokens)
-                names.append(part.name)
+        for document, ids in encoded:
+            starts.append(tokens)
+            names.append(document.name)
             raw = ids.tobytes()
             digest.update(raw)
             file.write(raw)
-            tokens, part_count = tokens + len(ids), part_count + 1
-            text_bytes += len(part.text.encode())
+            tokens, text_bytes = tokens + len(ids), text_bytes + len(document.text.encode())
             if tokens >= shard_tokens:
                 break
         file.flush()
         os.fsync(file.fileno())
-    if not part_count:
+    if not names:
         temporary.unlink()
         return None
     temporary.replace(f"{stem}.bin")
     offsets = io.BytesIO()
     np.save(offsets, np.array(starts, np.int64), allow_pickle=False)
     write_atomically(stem.with_name(f"{stem.name}.offsets.npy"), offsets.getvalue())
-    counts = {"tokens": tokens, "documents": len(names), "parts": part_count, "bytes": text_bytes}
+    counts = {"tokens": tokens, "documents": len(names), "bytes": text_bytes}
     hashes = {"sha256": digest.hexdigest(), "offsets_sha256": hashlib.sha256(offsets.getvalue()).hexdigest()}
     write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps({**counts, **hashes, "names": names}).encode())
     return {**counts, **hashes}

@@ -136,7 +136,7 @@ def test_a_long_line_is_refused_without_reading_it_whole(tmp_path: Path, monkeyp
 
 
 def test_parts_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PART_CHARACTERS", 997)
+    monkeypatch.setattr(corpus, "MOST_CHARACTERS", 997)
     text = "".join(path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py")))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.jsonl").write_text(json.dumps(text) + "\n" + json.dumps("x" * 5000) + "\n")
@@ -145,8 +145,6 @@ def test_parts_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path, monke
     assert ["".join(d.text for d in parts) for parts in whole.values()] == [text, text, "x" * 5000]
     for parts in whole.values():
         assert len(parts) > 5 and all(len(part.text) <= 997 for part in parts)
-        assert [part.first for part in parts] == [True] + [False] * (len(parts) - 1)
-        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
     tokenizer = train_tokenizer([text], TokenizerConfig(vocab_size=600))
     of_parts = tokenizer.encode_batch([part.text for part in whole["a.txt"]])
     assert list(itertools.chain(*of_parts)) == tokenizer.encode(text)

@@ -106,10 +106,7 @@ def test_a_held_out_document_stays_so_when_the_corpus_grows(tmp_path: Path, page
 
 
 @pytest.mark.parametrize("books", [1, 3])
-def test_the_end_of_a_single_book_is_held_out(
-    tmp_path: Path, text_dir: Path, monkeypatch: pytest.MonkeyPatch, books: int
-) -> None:
-    monkeypatch.setattr("jaxgpt.data.corpus.PART_CHARACTERS", 10_000)
+def test_the_end_of_a_single_book_is_held_out(tmp_path: Path, text_dir: Path, books: int) -> None:
     book = (text_dir / "argparse.py").read_text()
     (tmp_path / "text").mkdir()
     for number in range(books):
@@ -300,7 +297,7 @@ import resource, sys
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data import prepare, corpus
 prepare.BATCH_CHARACTERS = 2**18
-corpus.PART_CHARACTERS = 2**17
+corpus.MOST_CHARACTERS = 2**17
 data = DataConfig(paths=(sys.argv[1],), cache_dir=sys.argv[2], shard_tokens=2**18)
 prepare.prepare_corpora(data, TokenizerConfig(vocab_size=500, training_bytes=100_000))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
