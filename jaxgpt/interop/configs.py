@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.interop.families import FAMILIES, Family, family_of
+from jaxgpt.interop.families import FAMILIES, SCALING, WORDS, Family, family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.model.rotary import frequencies
 from jaxgpt.model_config import ModelConfig
@@ -22,30 +22,13 @@ from jaxgpt.model_config import ModelConfig
 Json = dict[str, Any]
 
 _ADAPTER = TypeAdapter(ModelConfig)
-_WORDS = {  # field -> theirs and ours; the first of ours is written, or what the family has where nothing is said
-    "activation": {
-        "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-    },
-    "rope_scaling": {
-        "default": "none", "linear": "linear", "llama3": "llama3", "longrope": "longrope", "su": "longrope",
-    },
-}  # fmt: skip
-_SCALING = {  # the fields that each kind of scaling uses
-    "none": (),
-    "linear": ("rope_factor",),
-    "llama3": ("rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_context"),
-    "longrope": (
-        "rope_factor", "rope_original_context", "rope_short_factors", "rope_long_factors", "rope_attention_factor",
-    ),
-}  # fmt: skip
-_SCALED = {name for names in _SCALING.values() for name in names}
+_SCALED = {name for names in SCALING.values() for name in names}
 _MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
 
 
 def _unused(config: ModelConfig) -> set[str]:
     """The fields of rotary positions and experts that mean nothing in this model."""
-    used = {"rope_theta", "rope_fraction", "rope_scaling", *_SCALING[config.rope_scaling]}
+    used = {"rope_theta", "rope_fraction", "rope_scaling", *SCALING[config.rope_scaling]}
     used = used if config.positions == "rotary" else set()
     experts = set() if config.n_experts else {"experts_per_token", "normalize_experts"}
     return experts | {f.name for f in dataclasses.fields(config) if f.name.startswith("rope_")} - used
@@ -131,9 +114,9 @@ def _model_config(hf: Json, family: Family, where: str) -> ModelConfig:
     keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
     found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
     fields = family.fixed | {name: hf[key] for name, key in found.items() if key in hf}
-    for name in _WORDS.keys() & fields.keys():
-        fields[name] = _WORDS[name].get(fields[name], fields[name])
-    unused = _SCALED - {*_SCALING.get(fields.get("rope_scaling", "none"), ())}
+    for name in WORDS.keys() & fields.keys():
+        fields[name] = WORDS[name].get(fields[name], fields[name])
+    unused = _SCALED - {*SCALING.get(fields.get("rope_scaling", "none"), ())}
     for f in dataclasses.fields(ModelConfig):
         if f.default is not None and f.name in found.keys() - fields.keys() - unused:
             raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
@@ -204,8 +187,8 @@ def _values(config: ModelConfig) -> Json:
 
 def _as_family(config: ModelConfig, family: Family) -> Json:
     values = _values(config)
-    for name in _WORDS.keys() & values.keys():
-        words = _WORDS[name]
+    for name in WORDS.keys() & values.keys():
+        words = WORDS[name]
         usual = family.defaults.get(family.key(name), "")
         values[name] = next(word for word in (usual, *words) if words.get(word) == values[name])
     written = {name: family.key(name) for name, key in family.keys.items() if key and name in values}

@@ -58,8 +58,7 @@ class Family:
         return self.keys.get(name, "").split("|")[0]
 
 
-def _families() -> tuple[Family, ...]:
-    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+def _families(table: dict[str, Any]) -> tuple[Family, ...]:
     groups = {name: [Row(*row) for row in rows] for name, rows in table["rows"].items()}
     found = []
     for name, entry in table["family"].items():
@@ -76,7 +75,10 @@ def _families() -> tuple[Family, ...]:
     return tuple(found)
 
 
-FAMILIES = _families()
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+FAMILIES = _families(_TABLE)
+WORDS: dict[str, dict[str, str]] = _TABLE["words"]
+SCALING: dict[str, list[str]] = _TABLE["scaling"]  # kind -> the fields of ModelConfig that it uses
 
 
 def family_of(model_type: Any, where: str) -> Family:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,27 +100,8 @@ class Cutting(NamedTuple):
     ignore_merges: bool = False
 
 
-def _bytes(use_regex: bool) -> Settings:
-    """Text to bytes, after it is cut at GPT-2's pattern if `use_regex`."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _words(digits: str) -> list[Settings]:
-    """The words of Llama 3 and Qwen 2, which differ in how many digits stay together."""
-    regex = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+"
-    )
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return [split, _bytes(use_regex=False)]
-
-
-CUTTINGS = {  # by their names in GGUF's tokenizer.ggml.pre
-    "gpt-2": Cutting([_bytes(use_regex=True)]),
-    "smollm": Cutting([{"type": "Digits", "individual_digits": True}, _bytes(use_regex=True)]),
-    "llama-bpe": Cutting(_words(r"\p{N}{1,3}"), ignore_merges=True),
-    "qwen2": Cutting(_words(r"\p{N}"), normalizer={"type": "NFC"}),
-}
+_TABLE = tomllib.loads(Path(__file__).with_name("cuttings.toml").read_text("utf-8"))
+CUTTINGS = {name: Cutting(**entry) for name, entry in _TABLE.items()}
 
 
 def byte_level_json(
@@ -127,7 +109,7 @@ def byte_level_json(
 ) -> bytes:
     """A tokenizer.json of byte-level BPE, as `tokenizer_json`; each of `merges` is two pieces with a space between."""
     model = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": cutting.ignore_merges}
-    before, after = {"type": "Sequence", "pretokenizers": cutting.pre_tokenizers}, _bytes(use_regex=True)
+    before, after = {"type": "Sequence", "pretokenizers": cutting.pre_tokenizers}, CUTTINGS["gpt-2"].pre_tokenizers[0]
     return tokenizer_json(ids, kinds, bos, model, normalizer=cutting.normalizer, pre_tokenizer=before, decoder=after)
 
 
