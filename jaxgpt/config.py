@@ -160,7 +160,7 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Devices along each axis of the mesh; -1 takes all that are left."""
 
     data: int = -1  # Copies of the model, each with its part of the batch.
@@ -180,7 +180,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """A whole run."""
 
     name: str = "gpt"  # Names the run.

@@ -22,6 +22,7 @@ def require(condition: bool, message: str) -> None:
 class Section:
     """What the sections of a configuration have in common."""
 
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid"}
     section: ClassVar[str] = ""  # what its fields are called by before their names
 
     def __post_init__(self) -> None:

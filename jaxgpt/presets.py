@@ -1,6 +1,7 @@
 """Configurations as files: presets in Python, JSON that round-trips, and what differs between two of them."""
 
 import dataclasses
+import json
 import re
 import runpy
 from pathlib import Path
@@ -13,35 +14,34 @@ from jaxgpt.errors import ConfigError, JaxgptError, nearest
 from jaxgpt.files import parse_json
 
 ROOT = Path(__file__).parents[1]
-_ADAPTER = TypeAdapter(TrainConfig)
 
 
 def to_json(config: TrainConfig) -> str:
     """The configuration as indented JSON; `from_json` gives the same object back."""
-    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+    return TypeAdapter(TrainConfig).dump_json(config, indent=2).decode() + "\n"
 
 
-def _refuse_unknown_keys(data: Any, cls: type, where: str) -> None:
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in data.items():
-        if key not in known:
-            raise ConfigError(f"unknown configuration key {where}{key}{nearest(key, known)}")
-        kind = known[key].type
-        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
-            _refuse_unknown_keys(value, kind, f"{where}{key}.")  # type: ignore[arg-type]
+def validated(kind: type, value: Any, where: str) -> Any:
+    """`value`, of JSON's types, as an instance of a dataclass. Raises ConfigError, naming the field, for one that is
+    unknown or of another type, and what the dataclass raises."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *outer, name = map(str, first["loc"])
+        key = ".".join([*outer, name])
+        if first["type"] != "unexpected_keyword_argument":
+            raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+        for each in outer:
+            kind = next(f.type for f in dataclasses.fields(kind) if f.name == each)  # type: ignore[assignment]
+        near = nearest(name, [f.name for f in dataclasses.fields(kind)])
+        raise ConfigError(f"{where}: unknown key {key}{near}") from None
 
 
 def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
-    """Parse `to_json`'s text. Raises BadFileError when it is not a JSON object, ConfigError for an unknown key or an
-    illegal value."""
-    data = parse_json(text, where, "restore the file or start a new run")
-    _refuse_unknown_keys(data, TrainConfig, "")
-    try:
-        return _ADAPTER.validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+    """Parse `to_json`'s text. Raises BadFileError when it is not a JSON object, else what `validated` raises."""
+    config: TrainConfig = validated(TrainConfig, parse_json(text, where, "restore the file or start a new run"), where)
+    return config
 
 
 def load_preset(name: str) -> TrainConfig:

@@ -125,7 +125,7 @@ def test_a_bad_json_configuration_is_refused(tmp_path: Path) -> None:
     for content, kind, message in (
         (b"{", BadFileError, "is not valid JSON"),
         (b"\xff", BadFileError, "is not valid JSON"),
-        (b'{"training": {"stepz": 1}}', ConfigError, r"unknown configuration key training\.stepz; did you mean steps"),
+        (b'{"training": {"stepz": 1}}', ConfigError, r"unknown key training\.stepz; did you mean steps"),
         (b'{"training": {"steps": "many"}}', ConfigError, r"bad\.json: training\.steps: "),
     ):
         (tmp_path / "bad.json").write_bytes(content)

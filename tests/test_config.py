@@ -106,10 +106,10 @@ def test_missing_settings_take_their_defaults() -> None:
     [
         (
             {"model": {"n_layer": 3}},
-            "unknown configuration key model.n_layer; did you mean n_layers or scan_layers or rotary_layers?",
+            "configuration: unknown key model.n_layer; did you mean n_layers or scan_layers or rotary_layers?",
         ),
-        ({"optimiser": {}}, "unknown configuration key optimiser; did you mean optimizer?"),
-        ({"training": {"zzz": 1}}, "unknown configuration key training.zzz"),
+        ({"optimiser": {}}, "configuration: unknown key optimiser; did you mean optimizer?"),
+        ({"training": {"zzz": 1}}, "configuration: unknown key training.zzz"),
     ],
 )
 def test_an_unknown_key_names_its_neighbours(wrong: dict, message: str) -> None:

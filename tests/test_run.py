@@ -377,7 +377,7 @@ GENERATION_MISTAKES: list[tuple[Callable[[Path], None], str, int, str]] = [
     (other_tokenizer, "", 65, "tokenizer {}/tokenizer.model: it is not the one of the training; restore it"),
     (truncated_config, "", 65, "{}/config.json is not valid JSON: "),
     (binary_config, "", 65, "{}/config.json is not valid JSON: "),
-    (unknown_setting, "", 2, "unknown configuration key model.n_layerz; did you mean n_layers"),
+    (unknown_setting, "", 2, "unknown key model.n_layerz; did you mean n_layers"),
     (other_width, "", 2, "checkpoint {}/checkpoints/20 does not fit this configuration: leaf "),
     (nothing, "--temperature nan", 2, "temperature is nan: it must be 0, or between 0.001 and 1000"),
     (nothing, "--top-k 501", 2, "top_k is 501: the vocabulary has 500 tokens"),
