@@ -99,6 +99,11 @@ def _describe(leaves: Json) -> Json:
     }
 
 
+def fingerprint(tree: Any) -> str:
+    """Changes when any bit of any array does; the same however they are sharded."""
+    return hashlib.sha256(json.dumps(_describe(_flatten(tree))).encode()).hexdigest()
+
+
 def _steps(directory: Path) -> list[int]:
     """Steps that have a directory, complete or not, oldest first. (Orbax's latest_step() believes empty ones.)"""
     return sorted(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdecimal())

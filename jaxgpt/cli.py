@@ -110,21 +110,47 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Compute):
-    """Continue a prompt with any model."""
+    """Continue a prompt, or answer each line of a file, with any model."""
 
     checkpoint: Path  # Run directory of train.py, directory of a Hugging Face model, or .gguf file.
     prompt: str = ""  # Text to continue.
+    input: Path | None = None  # File of prompts, one a line, all of which are answered; see docs/batch.md.
+    output: Path | None = None  # File for the answers, one JSON object a line. After a kill the same command goes on.
+    format: Literal["jsonl", "text"] = "jsonl"  # What the lines of the input are: JSON, or the prompts themselves.
+    shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
+    slots: int = 8  # Lines that are answered at the same time. The answers do not depend on it from 8 on.
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
     def run(self) -> None:
+        if (self.input is None) != (self.output is None) or (self.input and self.prompt):
+            raise ConfigError("generate: give --prompt, or --input with --output")
+        if not 1 <= self.slots <= 4096:
+            raise ConfigError(f"slots is {self.slots}: it must be between 1 and 4096")
         from jaxgpt.generation.engine import Engine
 
+        if self.input and self.output:
+            return self._answer(self.input, self.output)
         with self.load(self.checkpoint, self.step) as trained:
             engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples)
             if 0 < (room := engine.room(self.prompt)) < self.sampling.max_new_tokens:
                 note(f"{room} tokens of the context are left, so it ends there at the latest")
             _print_samples(engine.stream(self.prompt, self.sampling), self.prompt, self.sampling.num_samples)
+
+    def _answer(self, source: Path, target: Path) -> None:
+        from jaxgpt.checkpoint import fingerprint
+        from jaxgpt.generation.batch import Job
+        from jaxgpt.generation.engine import Engine
+        from jaxgpt.interop.chat import encode_chat
+
+        if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)):
+            raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
+        of = int(shard[1]), int(shard[2])
+        job = Job(source, target, self.sampling, is_text=self.format == "text", shard=of)
+        with self.load(self.checkpoint, self.step) as trained:
+            tokenizer = trained.tokenizer
+            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)}"
+            job.run(Engine(trained.model, tokenizer, self.slots), lambda said: encode_chat(tokenizer, said), model)
 
 
 def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:

@@ -1,13 +1,15 @@
 """Files that a reader, a kill or a power failure sees whole or not at all, and the locks of directories."""
 
+import errno
 import fcntl
+import io
 import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxgpt.errors import BadFileError, ConfigError, note
 
@@ -41,18 +43,41 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def append(file: io.FileIO, content: bytes) -> None:
+    """Write all of `content` behind an unbuffered file, or raise OSError and leave the file as it was."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.truncate(end)
+        error.filename = file.name
+        raise
+
+
+def bounded_lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
+    """Each line with its end; None in place of one of `limit` bytes or more, of which no more is in memory."""
+    while line := file.readline(limit):
+        if len(line) < limit or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(limit)
+        yield None
+
+
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool, what: Path | None = None) -> Iterator[None]:
     """Hold a lock, which the system frees when this process dies; the file names the holder. When another process holds
-    it: raises ConfigError, or waits for it and says so."""
+    it: raises ConfigError, saying `what` is in use (the directory by default), or waits for it and says so."""
     with open(path, "a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            busy = f"{path.parent} is in use by {file.read(200).strip() or 'another process'}"
+            busy = f"{what or path.parent} is in use by {file.read(200).strip() or 'another process'}"
             if not wait:
-                raise ConfigError(f"{busy}; stop that or choose another run_dir") from None
+                raise ConfigError(f"{busy}; stop that or choose another {'name' if what else 'run_dir'}") from None
             note(f"{busy}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)

@@ -28,14 +28,15 @@ def validated(kind: type, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        *outer, name = map(str, first["loc"])
-        key = ".".join([*outer, name])
         if first["type"] != "unexpected_keyword_argument":
-            raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+            raise ConfigError(
+                ": ".join(filter(None, [where, ".".join(map(str, first["loc"])), first["msg"]]))
+            ) from None
+        *outer, name = map(str, first["loc"])
         for each in outer:
             kind = next(f.type for f in dataclasses.fields(kind) if f.name == each)  # type: ignore[assignment]
         near = nearest(name, [f.name for f in dataclasses.fields(kind)])
-        raise ConfigError(f"{where}: unknown key {key}{near}") from None
+        raise ConfigError(f"{where}: unknown key {'.'.join([*outer, name])}{near}") from None
 
 
 def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:

@@ -24,6 +24,7 @@ import pyarrow.parquet
 
 from jaxgpt.config import DataConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, nearest
+from jaxgpt.files import bounded_lines
 
 MOST_CHARACTERS = 2**20  # SentencePiece needs about 100 bytes of memory for each character of one text
 LONGEST_LINE = 64 * 2**20  # bytes in one line of JSON
@@ -206,12 +207,9 @@ def _json_lines(source: Source, key: str, problems: Problems) -> Iterator[tuple[
     number = 0
     try:
         with open_bytes(source.path, "rb") as file:
-            while line := file.readline(LONGEST_LINE):
-                number += 1
+            for number, line in enumerate(bounded_lines(file, LONGEST_LINE), 1):
                 name = f"{source.name}:{number}"
-                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(LONGEST_LINE)
+                if line is None:
                     problems.skip(name, f"the line is longer than {LONGEST_LINE // 2**20} MiB")
                 elif line.strip():
                     yield from _of_line(name, line.removeprefix(b"\xef\xbb\xbf"), key, problems)

@@ -1,8 +1,6 @@
 """Records of a run: `metrics.jsonl`, TensorBoard and W&B for machines, a live bar or plain lines for people."""
 
 import contextlib
-import errno
-import io
 import json
 import os
 import struct
@@ -11,15 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.files import write_atomically
+from jaxgpt.files import append, write_atomically
+from jaxgpt.progress import Bar, clock
 
 Record = dict[str, Any]
 
@@ -39,17 +36,17 @@ class MetricsLog:
         (config.run_path / "tensorboard").mkdir(exist_ok=True)
         board = config.run_path / f"tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self._board = board.open("ab", buffering=0)
-        _append(self._board, _event(step=0, file_version="brain.Event:2"))
-        _append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
+        append(self._board, _event(step=0, file_version="brain.Event:2"))
+        append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
 
     def write(self, record: Record) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
-        _append(self._file, _line(record))
+        append(self._file, _line(record))
         if "val_loss" in record:
             self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}
         scalars = [Summary.Value(tag=name.replace("val_", "val/"), simple_value=x) for name, x in numbers.items()]
-        _append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
+        append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
@@ -62,18 +59,6 @@ class MetricsLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _append(file: io.FileIO, content: bytes) -> None:
-    """Write all of `content`, or raise OSError and leave the file as it was."""
-    end = os.fstat(file.fileno()).st_size
-    try:
-        if file.write(content) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        file.truncate(end)
-        error.filename = file.name
-        raise
 
 
 def _event(**fields: Any) -> bytes:
@@ -106,52 +91,21 @@ def _start_wandb(config: TrainConfig) -> Any:
     return wandb.init(project="jaxgpt", name=config.name, dir=config.run_path, config=asdict(config), resume="allow")
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Train on in silence when the reader (`| head`) has gone: all records are in the run directory."""
-        with contextlib.suppress(SystemExit):
-            super().on_broken_pipe()  # what is printed from now on goes nowhere; leaving is left out
-
-
-class Display:
-    """What a person sees: a bar that moves with every step on a terminal, a line for each record otherwise."""
+class Display(Bar):
+    """What a person sees of a training run."""
 
     def __init__(self, steps: int, start_step: int, *, quiet: bool = False) -> None:
-        """`quiet`: another process speaks for this one."""
-        self._console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
+        super().__init__("step", steps, start_step, quiet=quiet)
         self._steps = steps
-        columns = TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)
-        self._task = self._bar.add_task("", total=steps, completed=start_step, figures="")
-
-    def __enter__(self) -> "Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
 
     def step(self, record: Record, seconds_per_step: float, *, due: bool) -> None:
-        """Show one training step; plain lines only when its record is `due`."""
-        left = _clock((self._steps - record["step"]) * seconds_per_step)
+        left = clock((self._steps - record["step"]) * seconds_per_step)
         mfu = "n/a" if (share := record.get("mfu")) is None else f"{100 * share:.1f} %"
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}  {left} left"
-        self._bar.update(self._task, completed=record["step"], figures=figures)
-        if due and self._bar.disable:
-            self.say(f"step {record['step']}/{self._steps}  {figures}")
+        self.update(record["step"], figures, due=due)
 
     def evaluation(self, record: Record, gzip_bits: float | None) -> None:
-        """Show what the held-out text costs, beside what gzip needs for it."""
         bits, error = record["val_bits_per_byte"], record["val_bits_per_byte_se"]
         beside = "" if gzip_bits is None else f"  (gzip -9: {gzip_bits:.3f})"
         loss = f"held-out loss {record['val_loss']:.4f}"
         self.say(f"step {record['step']}/{self._steps}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,156 @@
+"""A batch job: lines in, lines out, in their order, whatever happens in between.
+
+The output grows in `OUTPUT.part`, a whole line at a time, and gets its name when it is complete; `OUTPUT.job` says
+which job it is of. After a kill the same command cuts off a torn last line, and goes on with the first line that has no
+answer. What was computed but not written is computed again, to the same tokens: they depend on the request alone."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.errors import BadFileError, ConfigError, StorageError, note
+from jaxgpt.files import append, bounded_lines, locked, sync, write_atomically
+from jaxgpt.generation.engine import Completion, Engine, Request
+from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
+from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.progress import Bar, clock
+
+LONGEST_LINE = 16 * 2**20  # bytes of an input line
+_SYNC_SECONDS, _REPORT_SECONDS = 5.0, 10.0
+EncodeChat = Callable[[Any], list[int]]  # the ids of a conversation
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done. `shard` (i, n) takes the i-th of n equal parts of the lines; `cat` joins their outputs."""
+
+    input: Path
+    output: Path
+    params: SamplingParams
+    is_text: bool = False
+    shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise ConfigError(f"shard {self.shard[0]}/{self.shard[1]}: the first must be below the second")
+        if not self.input.is_file():
+            raise BadFileError(f"input {self.input}: there is no such file; name a file with one request a line")
+        if not self.output.parent.is_dir():
+            raise StorageError(f"output {self.output}: there is no directory {self.output.parent}; make it")
+        if self.output.is_dir():
+            raise ConfigError(f"output {self.output}: it is a directory; name a file")
+
+    def lines(self) -> Iterator[tuple[int, bytes | None]]:
+        """Number and content of each line that is not blank; None for one that is too long."""
+        with open(self.input, "rb") as file:
+            for number, line in enumerate(bounded_lines(file, LONGEST_LINE), 1):
+                if line is None or line.strip():
+                    yield number, line and line.rstrip(b"\r\n")
+
+    def identity(self, model: str) -> str:
+        """What the output depends on."""
+        with open(self.input, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return json.dumps({**asdict(self), "input": digest, "output": "", "model": model}, sort_keys=True) + "\n"
+
+    def run(self, engine: Engine, encode_chat: EncodeChat, model: str) -> None:
+        """Answer every line of the input; `model` says which model it is. Raises ConfigError for an output of another
+        job. Whatever is wrong with a line is in its answer."""
+        with _Output(self.output, self.identity(model)) as output:
+            if not output.complete:
+                lines = sum(1 for _ in self.lines())
+                first, last = (lines * i // self.shard[1] for i in (self.shard[0], self.shard[0] + 1))
+                if before := output.written:
+                    note(f"going on after {before} of {last - first} lines")
+                errors = _answer_lines(self, engine, encode_chat, output, range(first, last))
+                output.finish()
+                note(f"{last - first - before} lines answered now, {errors} errors")
+            note(f"{self.output} is complete")
+
+
+class _Output(contextlib.ExitStack):
+    """The file that grows, and the records that wait until all before them are there."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        """Raises ConfigError when the output is another job's, or another process writes it."""
+        super().__init__()
+        self._path, (self._part, marker) = path, (Path(f"{path}{end}") for end in (".part", ".job"))
+        self.enter_context(locked(marker.with_suffix(".lock"), wait=False, what=path))
+        known = marker.read_text() if marker.exists() else None
+        if known != identity and (known or path.exists() or self._part.exists()):
+            raise ConfigError(f"output {path}: it is there, of another job; remove it or choose another name")
+        self.complete, self.written = path.exists(), 0
+        self._waiting: dict[int, bytes] = {}
+        self._synced = time.monotonic()
+        if not self.complete:
+            write_atomically(marker, identity.encode())
+            self._file = self.enter_context(self._part.open("ab", buffering=0))
+            with self._part.open("rb") as lines:
+                sizes = [len(line) for line in lines if line.endswith(b"\n")]  # else a kill tore it
+            self.written = len(sizes)
+            self._file.truncate(sum(sizes))
+
+    def put(self, index: int, record: dict[str, Any]) -> None:
+        """Write a record as soon as all before it are written."""
+        self._waiting[index] = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        while self.written in self._waiting:
+            append(self._file, self._waiting.pop(self.written))
+            self.written += 1
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        os.fsync(self._file.fileno())
+        self._part.rename(self._path)
+        sync(self._path.parent)
+
+
+def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Output, part: range) -> int:
+    """Answer what is left of a part of the lines; returns how many are errors."""
+    begun: dict[int, tuple[Line, dict[int, Completion]]] = {}
+    errors = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal errors
+        left = itertools.islice(job.lines(), part.start + output.written, part.stop)
+        for index, (number, raw) in enumerate(left, output.written):
+            try:
+                if raw is None:
+                    raise ConfigError(f"the line is longer than {LONGEST_LINE >> 20} MiB")
+                line = parse_line(raw, number, job.params, is_text=job.is_text)
+                params = line.params
+                prompt = encode_chat(params.messages) if params.messages else params.prompt
+                made = engine.requests(params.prompt_token_ids or [] if prompt is None else prompt, params, index)
+            except (ConfigError, BadFileError) as error:
+                errors += 1
+                output.put(index, error_answer(raw or b"", number, str(error)))
+                continue
+            begun[index] = line, {}
+            yield from made
+
+    began = said = time.monotonic()
+    first = output.written
+    with Bar("lines", len(part), first, stderr=True) as bar:
+        for request, _, completion in engine.run(requests()):
+            if completion is None:
+                continue
+            line, completions = begun[request.tag]
+            completions[request.sample] = completion
+            if len(completions) == line.params.num_samples:
+                output.put(request.tag, answer(line, [completions[i] for i in range(len(completions))]))
+                del begun[request.tag]
+                due = (now := time.monotonic()) - said > _REPORT_SECONDS
+                said = now if due else said
+                left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
+                full = engine.tokens / max(engine.places, 1)
+                figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
+                bar.update(output.written, f"{figures}  {errors} errors", due=due)
+    return errors

@@ -1,0 +1,49 @@
+"""How far a long job is: a bar that moves on a terminal, plain lines elsewhere."""
+
+import contextlib
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence when the reader (`| head`) has gone: what counts is in files."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()  # what is printed from now on goes nowhere; leaving is left out
+
+
+class Bar:
+    """A context manager that shows how many of `total` steps, requests ... are done, with figures beside it."""
+
+    def __init__(self, what: str, total: int, done: int, *, stderr: bool = False, quiet: bool = False) -> None:
+        """`quiet`: another process speaks for this one."""
+        self._console = _Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True)
+        self._what, self._total = what, total
+        columns = TextColumn(what), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)
+        self._task = self._bar.add_task("", total=total, completed=done, figures="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def update(self, done: int, figures: str, *, due: bool) -> None:
+        """Show how far it is; where there is no terminal, in a line, if that is `due`."""
+        self._bar.update(self._task, completed=done, figures=figures)
+        if due and self._bar.disable:
+            self.say(f"{self._what} {done}/{self._total}  {figures}")
+
+
+def clock(seconds: float) -> str:
+    """Such as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
