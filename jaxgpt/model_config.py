@@ -4,14 +4,15 @@ The comment beside or above a field is its explanation on the command line."""
 
 import dataclasses
 import math
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin
 
 from jaxgpt.errors import ConfigError
 
 VOCAB_MULTIPLE = 128  # the embedding's rows are rounded up to this
-_MAX_LAYERS, _MAX_EXPERTS, _MAX_SIZE, _MAX_FLOAT = 1000, 1024, 2**31 - 1, 1e30
-"""What a file may claim: every layer and expert has names, which are listed; int32 and float32 must hold the rest."""
+_BOUNDS = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text("utf-8"))
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,19 +27,21 @@ class Section:
     section: ClassVar[str] = ""  # what its fields are called by before their names
 
     def __post_init__(self) -> None:
-        """Literal fields hold one of their words: elsewhere a misspelt one would silently mean the last."""
+        """Numbers are within bounds.toml, and Literal fields hold one of their words: elsewhere a misspelt
+        one would silently mean the last."""
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, choices = getattr(self, f.name), get_args(f.type)
             if get_origin(f.type) is Literal and value not in choices:
                 raise ConfigError(f"{self.section}{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+        for name, (low, high) in _BOUNDS[self.section.strip(".") or "sampling"].items():
+            self.within(low, high, name)
 
-    def within(self, low: float, high: float, *names: str) -> None:
+    def within(self, low: float, high: float, name: str) -> None:
         """Raise ConfigError when a field is outside [low, high], infinite, or NaN; None is left out."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and (not low <= value <= high or value == math.inf):
-                bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ConfigError(f"{self.section}{name} is {value!r:.50}: it must be {bound}")
+        value = getattr(self, name)
+        if value is not None and (not low <= value <= high or value == math.inf):
+            bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{self.section}{name} is {value!r:.50}: it must be {bound}")
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,6 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(1, _MAX_LAYERS, "n_layers")
-        self.within(0, _MAX_EXPERTS, "n_experts")
-        self.within(1, _MAX_SIZE, "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "experts_per_token")
-        self.within(1, _MAX_SIZE, "context_length", "vocab_size", "rope_original_context")
-        self.within(1, _MAX_FLOAT, "rope_theta", "local_rope_theta")
-        self.within(1e-6, _MAX_FLOAT, "rope_low_frequency", "rope_high_frequency", "rope_attention_factor")
-        self.within(1e-6, _MAX_FLOAT, "query_scalar", "rope_factor")
-        self.within(0, 1, "rope_fraction", "norm_epsilon")
-        self.within(0, 0.999, "dropout")
-        self.within(1e-3, _MAX_FLOAT, "attention_softcap", "logit_softcap")
         heads, width = self.n_heads, self.d_model
         uneven = f"model.d_model {width} does not divide by model.n_heads {heads}; change one or set model.head_dim"
         require(self.head_dim is not None or width % heads == 0, uneven)
@@ -132,7 +125,7 @@ class ModelConfig(Section):
             require(even, f"model.rope_fraction {self.rope_fraction} of {self.key_dim} is odd")
         if self.positions == "sinusoidal":
             require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
-        legal = all(type(window) is int and 0 <= window <= _MAX_SIZE for window in self.windows)
+        legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         require(
             not self.n_experts or (self.experts_per_token <= self.n_experts and self.gated_mlp and not self.mlp_bias),

@@ -45,18 +45,10 @@ class SamplingParams(Section):
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self.within(1, 2**20, "max_new_tokens")
+        super().__post_init__()
         legal = self.temperature == 0 or 0.001 <= self.temperature <= 1000  # so NaN is not
         require(legal, f"temperature is {self.temperature}: it must be 0, or between 0.001 and 1000")
-        self.within(0, math.inf, "top_k")
-        self.within(1e-9, 1, "top_p", "typical_p")
-        self.within(0, 1, "min_p")
-        self.within(0.01, 100, "repetition_penalty")
-        self.within(-100, 100, "presence_penalty", "frequency_penalty")
-        self.within(0, 2**32 - 1, "seed")
-        self.within(1, 1024, "num_samples")
         self.within(0, self.max_new_tokens, "min_new_tokens")
-        self.within(0, MAX_ALTERNATIVES, "logprobs")
         few = len(self.logit_bias) <= MAX_BIASED and all(i >= 0 and abs(by) <= 1000 for i, by in self.logit_bias)
         require(few, f"logit_bias is {self.logit_bias!r:.50}: it must be 300 ids at most, values from -1000 to 1000")
         require(len(self.stop) <= 16 and all(self.stop), f"stop is {self.stop!r:.50}: it must be 16 texts, none empty")
