@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
 from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.config import CheckpointConfig
@@ -52,7 +53,7 @@ def _set_up_orbax() -> None:
     for each replica: compiling that took 4 s at the first save of 30 arrays on 8 devices."""
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
-    ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
+    ocp.type_handlers.register_type_handler(Array, arrays, override=True)
     # Reads and writes that are in flight when the first one fails have nobody to report to.
     late = re.compile("Event loop is closed|never awaited|orbax|tensorstore|ocdbt", re.IGNORECASE)
     logging.getLogger("asyncio").addFilter(lambda record: not late.search(record.getMessage()))
@@ -67,7 +68,7 @@ def _flatten(tree: Any) -> Json:
 
 
 @jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
+def _fingerprint(x: Array) -> Array:
     """uint32[3]: two lanes that depend on every bit of `x` and on its place, and the number of non-finite elements. A
     lane is the sum modulo 2^32 of mix(bits ^ place * constant): the same however `x` is sharded. The mix (murmur3's
     finalizer) is a bijection, so a change of one element always shows. It guards against faults, not attackers."""
@@ -78,7 +79,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
 
-    def mix(constant: int) -> jax.Array:
+    def mix(constant: int) -> Array:
         h = bits.astype(jnp.uint32) ^ (place * jnp.uint32(constant))
         h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
         h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -135,10 +136,8 @@ def _refuse_other_leaves(path: Path, stored: Json, wanted: Json) -> None:
         old = f"{stored[name]['dtype']}{stored[name]['shape']}" if name in stored else "absent"
         new = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
         if old != new:
-            raise ConfigError(
-                f"checkpoint {path} does not fit this configuration: leaf {name} is {old} there and {new} here; "
-                "use the configuration of that run or another run_dir"
-            )
+            why = f"leaf {name} is {old} there and {new} here; use the configuration of that run or another run_dir"
+            raise ConfigError(f"checkpoint {path} does not fit this configuration: {why}")
 
 
 def _read_arrays(path: Path, wanted: Json) -> Json:
@@ -260,14 +259,8 @@ class Checkpoints(contextlib.ExitStack):
         try:
             if self._primary and path.exists():  # saved before, or left there in parts
                 os.rename(path, path.with_name(f"{step}.{'discarded' if _missing(path) else 'replaced'}"))
-            writer.save(
-                path,
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(items["model"]),
-                    rest=ocp.args.StandardSave(items["rest"]),
-                    manifest=ocp.args.JsonSave(checked),
-                ),
-            )
+            arrays = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
+            writer.save(path, args=ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(checked)))
         except Exception as error:  # whatever Orbax's array store raises, mostly ValueError
             self._report(step, error)
         else:

@@ -29,10 +29,9 @@ class TokenizerConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.within(256 + 4 + len(self.special_tokens), math.inf, "vocab_size")
-        require(
-            len(set(self.special_tokens)) == len(self.special_tokens) and all(self.special_tokens),
-            f"tokenizer.special_tokens {self.special_tokens}: each must be different and not empty",
-        )
+        special = self.special_tokens
+        legal = len(set(special)) == len(special) and all(special)
+        require(legal, f"tokenizer.special_tokens {special}: each must be different and not empty")
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,8 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.paths) > 0, "data.paths is empty: name at least one file, directory or glob")
-        require(
-            not self.weights or len(self.weights) == len(self.paths),
-            f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths: give one for each path",
-        )
+        given, paths = len(self.weights), len(self.paths)
+        require(given in (0, paths), f"data.weights has {given} numbers for {paths} data.paths: give one for each path")
         require(all(0 < w < math.inf for w in self.weights), f"data.weights {self.weights}: each must be positive")
 
     @property
@@ -124,11 +121,8 @@ class TrainingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.batch_size % self.accumulation_steps == 0,
-            f"training.batch_size {self.batch_size} does not divide by "
-            f"training.accumulation_steps {self.accumulation_steps}",
-        )
+        size, parts = self.batch_size, self.accumulation_steps
+        require(size % parts == 0, f"training.batch_size {size} does not divide by training.accumulation_steps {parts}")
 
 
 @dataclass(frozen=True)

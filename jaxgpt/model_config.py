@@ -127,10 +127,10 @@ class ModelConfig(Section):
             require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
-        require(
-            not self.n_experts or (self.experts_per_token <= self.n_experts and self.gated_mlp and not self.mlp_bias),
-            f"model.n_experts {self.n_experts}: experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts",
-        )
+        plain = self.gated_mlp and not self.mlp_bias
+        legal = not self.n_experts or (self.experts_per_token <= self.n_experts and plain)
+        need = "experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts"
+        require(legal, f"model.n_experts {self.n_experts}: {need}")
         if self.rope_scaling == "longrope":
             sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
             require(len(sizes) == 1, f"model.rope_long_factors: longrope needs {self.rotary_dim // 2} of each")

@@ -48,19 +48,16 @@ def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
     bad = [key for key in changed if not key.startswith(MAY_DIFFER) and key not in new.allow_change]
     if bad:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in bad)
-        raise ConfigError(
-            f"run directory {new.run_path} holds another configuration: {listed}; choose another --run-dir, "
-            f"or pass --allow-change {' '.join(bad)}"
-        )
+        remedy = f"choose another --run-dir, or pass --allow-change {' '.join(bad)}"
+        raise ConfigError(f"run directory {new.run_path} holds another configuration: {listed}; {remedy}")
 
 
 def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The configuration with the vocabulary of the tokenizer, unless it names a larger one."""
     size = config.model.vocab_size
     if size is not None and size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
-        )
+        small = f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        raise ConfigError(f"{small}; leave it out to take that")
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
 

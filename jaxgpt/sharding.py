@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -41,7 +42,7 @@ def out_sharding(axes: str) -> jax.P | None:
     return spec(axes) if _has_mesh() else None
 
 
-def shard(x: jax.Array, axes: str) -> jax.Array:
+def shard(x: Array, axes: str) -> Array:
     """Lay an activation, or a parameter about to be used, out as its letters say."""
     return jax.sharding.reshard(x, spec(axes)) if _has_mesh() else x
 

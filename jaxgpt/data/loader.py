@@ -67,19 +67,15 @@ class Loader:
         self._batch_size, self._rows = batch_size, np.arange(batch_size)[rows]
         for corpus in corpora:
             if len(corpus.train) <= sequence_length:
-                raise ConfigError(
-                    f"data {corpus.name}: {len(corpus.train)} training tokens are fewer than one sequence of "
-                    f"{sequence_length} and its last label; lower model.context_length or add text"
-                )
+                why = f"{len(corpus.train)} training tokens are fewer than one sequence of {sequence_length} and its"
+                raise ConfigError(f"data {corpus.name}: {why} last label; lower model.context_length or add text")
         # The windows of all corpora are numbered; the last label of a window is the token after it.
         counts = np.array([(len(corpus.train) - 1) // sequence_length for corpus in corpora])
         self._ends = np.cumsum(counts)
         self._firsts = self._ends - counts
         seeds = np.random.SeedSequence(seed).generate_state(len(corpora))
-        orders = [
-            grain.MapDataset.range(int(first), int(end)).shuffle(seed=int(own)).repeat()
-            for first, end, own in zip(self._firsts, self._ends, seeds, strict=True)
-        ]
+        ranges = zip(self._firsts.tolist(), self._ends.tolist(), seeds.tolist(), strict=True)
+        orders = [grain.MapDataset.range(first, end).shuffle(seed=own).repeat() for first, end, own in ranges]
         self._order = grain.MapDataset.mix(orders, weights or counts.tolist())
 
     @property
@@ -160,10 +156,8 @@ def _read(
         part = make_batch(getattr(corpus, split), begins[chosen], length)
         highest = max(part.tokens.max(), part.labels.max())
         if highest >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
-            raise BadFileError(
-                f"data {corpus.name}, {where}: token {highest} is outside the vocabulary of {corpus.vocab_size}; "
-                f"use the tokenizer of these tokens or prepare the text again"
-            )
+            why = f"token {highest} is outside the vocabulary of {corpus.vocab_size}"
+            raise BadFileError(f"data {corpus.name}, {where}: {why}; use its tokenizer or prepare the text again")
         for whole, piece in zip(batch, part, strict=True):
             whole[chosen] = piece
     return batch

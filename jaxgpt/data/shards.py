@@ -145,10 +145,8 @@ def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         if meta["tokenizer_sha256"] != tokenizer.sha256:
             theirs, ours = meta["tokenizer_sha256"][:12], tokenizer.sha256[:12]
-            raise BadFileError(
-                f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; set tokenizer.path to "
-                f"{directory / 'tokenizer.model'} or prepare the text again"
-            )
+            remedy = f"set tokenizer.path to {directory / 'tokenizer.model'} or prepare the text again"
+            raise BadFileError(f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; {remedy}")
         splits = meta["splits"]
         train, val = (_open_split(directory, split, splits[split]["shards"], dtype) for split in ("train", "val"))
         val_sizes = splits["val"]["bytes"], splits["val"]["gzip_bytes"]

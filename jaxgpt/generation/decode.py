@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxgpt.generation.sampling import MAX_ALTERNATIVES, Rules, SamplingParams, choose
 from jaxgpt.model import Cache, Transformer
@@ -25,45 +26,39 @@ class Slots(NamedTuple):
     """Texts in the making, and what is known of them."""
 
     cache: Cache
-    tokens_BS: jax.Array  # prompt and completion, int32; what is behind a slot's length means nothing
-    logprobs_BS: jax.Array  # of each generated token, where the slot's rules record them; so are the next two
-    top_ids_BSN: jax.Array
-    top_logprobs_BSN: jax.Array
-    lengths_B: jax.Array  # tokens of each slot so far
-    done_B: jax.Array  # True once a text is complete, and in a free slot
-    failed_B: jax.Array  # whether it ended because its logits were not finite
+    tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
+    logprobs_BS: Array  # of each generated token, where the slot's rules record them; so are the next two
+    top_ids_BSN: Array
+    top_logprobs_BSN: Array
+    lengths_B: Array  # tokens of each slot so far
+    done_B: Array  # True once a text is complete, and in a free slot
+    failed_B: Array  # whether it ended because its logits were not finite
     rules: Rules
-    steps: jax.Array  # that the last dispatch took
+    steps: Array  # that the last dispatch took
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
     """Free slots for texts of up to `length` tokens."""
 
-    def zeros(axes: str, *more: int, dtype: Any = jnp.int32) -> jax.Array:
+    def zeros(axes: str, *more: int, dtype: Any = jnp.int32) -> Array:
         return jnp.zeros((slots, *more), dtype, out_sharding=out_sharding(axes))
 
     example = Rules.of(SamplingParams(), 1, 1, (), 0)
     rules = jax.tree.map(lambda x: zeros("B_"[: 1 + x.ndim], *x.shape, dtype=x.dtype), example)
     return Slots(
-        cache=empty_cache(config, slots, length),
-        tokens_BS=zeros("BS", length),
-        logprobs_BS=zeros("BS", length, dtype=jnp.float32),
-        top_ids_BSN=zeros("BSN", length, MAX_ALTERNATIVES),
-        top_logprobs_BSN=zeros("BSN", length, MAX_ALTERNATIVES, dtype=jnp.float32),
-        lengths_B=zeros("B"),
-        done_B=jnp.ones_like(zeros("B"), bool),
-        failed_B=zeros("B", dtype=bool),
-        rules=rules,
-        steps=jnp.int32(0),
-    )
+        cache=empty_cache(config, slots, length), tokens_BS=zeros("BS", length),
+        logprobs_BS=zeros("BS", length, dtype=jnp.float32), top_ids_BSN=zeros("BSN", length, MAX_ALTERNATIVES),
+        top_logprobs_BSN=zeros("BSN", length, MAX_ALTERNATIVES, dtype=jnp.float32), lengths_B=zeros("B"),
+        done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool), rules=rules, steps=jnp.int32(0),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="length")
 def resize(slots: Slots, length: int) -> Slots:
     """The same slots with room for texts of up to `length` tokens: attention reads all the places that there are."""
 
-    def fit(x: jax.Array) -> jax.Array:
+    def fit(x: Array) -> Array:
         grown = max(length - x.shape[1], 0)
         return jnp.pad(x[:, :length], ((0, 0), (0, grown), *[(0, 0)] * (x.ndim - 2)))
 
@@ -72,10 +67,10 @@ def resize(slots: Slots, length: int) -> Slots:
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def admit(slots: Slots, new_B: jax.Array, tokens_BS: jax.Array, rules: Rules) -> Slots:
+def admit(slots: Slots, new_B: Array, tokens_BS: Array, rules: Rules) -> Slots:
     """Begin new texts in the slots that `new_B` marks: their prompts, as yet without a cache, and their rules."""
 
-    def put(new: jax.Array, old: jax.Array) -> jax.Array:
+    def put(new: Array, old: Array) -> Array:
         return jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     return slots._replace(
@@ -88,17 +83,17 @@ def admit(slots: Slots, new_B: jax.Array, tokens_BS: jax.Array, rules: Rules) ->
 
 
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnames="slots")
-def prefill(model: Transformer, slots: Slots, chosen_QP: jax.Array, start: jax.Array, chunk: int) -> Slots:
+def prefill(model: Transformer, slots: Slots, chosen_QP: Array, start: Array, chunk: int) -> Slots:
     """Fill the cache of some slots with their tokens from place `start` on, `chunk` of them. `chosen_QP` numbers the
     slots within each part of the mesh; a number beyond them stands for none."""
     parts, rows = chosen_QP.shape
     S = slots.tokens_BS.shape[1]
 
-    def take(x: jax.Array) -> jax.Array:
+    def take(x: Array) -> Array:
         taken = jax.vmap(lambda x, chosen: x.at[chosen].get(mode="clip"))(_by_part(x, parts), chosen_QP)
         return _joined(taken)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: Array, new: Array) -> Array:
         write = jax.vmap(lambda old, chosen, new: old.at[chosen].set(new, mode="drop"))
         return _joined(write(_by_part(old, parts), chosen_QP, _by_part(new, parts)))
 
@@ -111,19 +106,19 @@ def prefill(model: Transformer, slots: Slots, chosen_QP: jax.Array, start: jax.A
     return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
 
 
-def _by_part(x: jax.Array, parts: int) -> jax.Array:
+def _by_part(x: Array, parts: int) -> Array:
     """[B, ...] -> [Q, B / Q, ...], each part on the devices that have it."""
     first, *rest = jax.typeof(x).sharding.spec
     return x.reshape(parts, -1, *x.shape[1:], out_sharding=jax.P(first, None, *rest))
 
 
-def _joined(x: jax.Array) -> jax.Array:
+def _joined(x: Array) -> Array:
     first, _, *rest = jax.typeof(x).sharding.spec
     return x.reshape(-1, *x.shape[2:], out_sharding=jax.P(first, *rest))
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="slots")
-def decode(model: Transformer, slots: Slots, stopped_B: jax.Array, enough: jax.Array, steps: int) -> Slots:
+def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, steps: int) -> Slots:
     """Append up to `steps` tokens to each text that is not complete; fewer once `enough` more texts are. `stopped_B`
     marks those that the host has found complete, for example by a stop text."""
 
@@ -153,17 +148,17 @@ def decode(model: Transformer, slots: Slots, stopped_B: jax.Array, enough: jax.A
     slots = slots._replace(done_B=slots.done_B | stopped_B, steps=jnp.int32(0))
     complete = slots.done_B.sum()
 
-    def go_on(slots: Slots) -> jax.Array:
+    def go_on(slots: Slots) -> Array:
         return (slots.steps < steps) & ~slots.done_B.all() & (slots.done_B.sum() < complete + enough)
 
     return jax.lax.while_loop(go_on, step, slots)
 
 
-def _write(x: jax.Array, place_B: jax.Array, new: jax.Array) -> jax.Array:
+def _write(x: Array, place_B: Array, new: Array) -> Array:
     return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
 
 
-def _record(slots: Slots, wanted_B: jax.Array, place_B: jax.Array, token_B: jax.Array, logits_BV: jax.Array) -> Slots:
+def _record(slots: Slots, wanted_B: Array, place_B: Array, token_B: Array, logits_BV: Array) -> Slots:
     """Note the log-probabilities of the chosen tokens and of the most probable ones, where they are wanted."""
 
     def record(old: tuple) -> tuple:

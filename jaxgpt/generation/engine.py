@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
@@ -198,7 +199,7 @@ class Engine:
             return empty_slots(self._config, self._slots, length)
         return slots if slots.tokens_BS.shape[1] == length else resize(slots, length)
 
-    def _put(self, array: np.ndarray, axes: str) -> jax.Array:
+    def _put(self, array: np.ndarray, axes: str) -> Array:
         return jax.device_put(array, spec(axes))
 
     def _fill(self, slots: Slots, new: dict[int, Request]) -> Slots:
@@ -245,7 +246,7 @@ def for_decoding(model: Transformer) -> Transformer:
     dtype = jnp.dtype(model.config.dtype)
     used_so = ("kernel", "embedding")  # norms, biases and routers are used in float32
 
-    def cast(path: tuple, p: jax.Array) -> jax.Array:
+    def cast(path: tuple, p: Array) -> Array:
         name = parameter_name(path)
         return p.astype(dtype) if name.endswith(used_so) and not name.endswith("router.kernel") else p
 

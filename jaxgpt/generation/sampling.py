@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxgpt.model_config import Section, require
 
@@ -56,29 +57,29 @@ class SamplingParams(Section):
         require(few, f"stop_token_ids is {self.stop_token_ids!r:.50}: it must be 16 ids at most")
 
 
-Array = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
+Numbers = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
 
 
 class Rules(NamedTuple):
     """The settings of each slot."""
 
-    prompt_length: Array
-    end: Array  # length at which the text is complete
-    first_end: Array  # length from which a token may end it
-    end_ids_E: Array  # tokens that end it, -1 where there are no more
-    seed: Array
-    sample: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    typical_p: Array
-    repetition_penalty: Array
-    presence_penalty: Array
-    frequency_penalty: Array
-    bias_ids_N: Array
-    bias_N: Array
-    logprobs: Array  # whether log-probabilities are recorded
+    prompt_length: Numbers
+    end: Numbers  # length at which the text is complete
+    first_end: Numbers  # length from which a token may end it
+    end_ids_E: Numbers  # tokens that end it, -1 where there are no more
+    seed: Numbers
+    sample: Numbers
+    temperature: Numbers
+    top_k: Numbers
+    top_p: Numbers
+    min_p: Numbers
+    typical_p: Numbers
+    repetition_penalty: Numbers
+    presence_penalty: Numbers
+    frequency_penalty: Numbers
+    bias_ids_N: Numbers
+    bias_N: Numbers
+    logprobs: Numbers  # whether log-probabilities are recorded
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_length: int, context: int, ends: tuple, sample: int) -> "Rules":
@@ -87,36 +88,31 @@ class Rules(NamedTuple):
         floats = ("temperature", "top_p", "min_p", "typical_p")
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
         return cls(
-            prompt_length=np.int32(prompt_length),
-            end=np.int32(min(prompt_length + params.max_new_tokens, context)),
-            first_end=np.int32(prompt_length + params.min_new_tokens),
-            end_ids_E=_padded(ends, MAX_ENDS, -1, np.int32),
-            seed=np.uint32(params.seed),
-            sample=np.int32(sample),
-            top_k=np.int32(params.top_k),
+            prompt_length=np.int32(prompt_length), end=np.int32(min(prompt_length + params.max_new_tokens, context)),
+            first_end=np.int32(prompt_length + params.min_new_tokens), end_ids_E=_padded(ends, MAX_ENDS, -1, np.int32),
+            seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
             bias_ids_N=_padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
-            bias_N=_padded(bias.values(), MAX_BIASED, 0, np.float32),
-            logprobs=np.bool_(params.logprobs is not None),
+            bias_N=_padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
-        )
+        )  # fmt: skip
 
 
 def _padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:
     return np.array([*values, *[fill] * size][:size], dtype)
 
 
-def choose(logits_BV: jax.Array, rules: Rules, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
     """The next token of each slot, int32 [B]: edit the scores, then greedy, or temperature, filters and a draw. The
     order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p. Of
     equal scores greedy takes the lowest id."""
     scores_BV = _edit(logits_BV, rules, tokens_BS, lengths_B)
     greedy_B = scores_BV.argmax(-1).astype(jnp.int32)
 
-    def noise(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+    def noise(seed: Array, sample: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
         return jax.random.gumbel(key, scores_BV.shape[1:])
 
-    def draw(scores_BV: jax.Array) -> jax.Array:
+    def draw(scores_BV: Array) -> Array:
         scores_BV = scores_BV / jnp.where(rules.temperature > 0, rules.temperature, 1)[:, None]
         scores_BV = _filter(scores_BV, rules)
         noise_BV = jax.vmap(noise)(rules.seed, rules.sample, lengths_B)
@@ -126,14 +122,14 @@ def choose(logits_BV: jax.Array, rules: Rules, tokens_BS: jax.Array, lengths_B: 
     return jax.lax.cond((rules.temperature > 0).any(), draw, lambda _: greedy_B, scores_BV)
 
 
-def _edit(logits_BV: jax.Array, rules: Rules, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def _edit(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
     """Logit bias, penalties for what is there, and no end before its time."""
     same = lambda x_BV: x_BV  # noqa: E731
 
-    def bias(x_BV: jax.Array) -> jax.Array:
+    def bias(x_BV: Array) -> Array:
         return jax.vmap(lambda x, ids, by: x.at[ids].add(by, mode="drop"))(x_BV, rules.bias_ids_N, rules.bias_N)
 
-    def penalise(x_BV: jax.Array) -> jax.Array:
+    def penalise(x_BV: Array) -> Array:
         places_S = jnp.arange(tokens_BS.shape[1])[None]
         written_BS = places_S < lengths_B[:, None]
         count = jax.vmap(lambda tokens, here: jnp.zeros(x_BV.shape[-1]).at[tokens].add(here.astype(jnp.float32)))
@@ -144,7 +140,7 @@ def _edit(logits_BV: jax.Array, rules: Rules, tokens_BS: jax.Array, lengths_B: j
         x_BV -= rules.presence_penalty[:, None] * (generated_BV > 0)
         return x_BV - rules.frequency_penalty[:, None] * generated_BV
 
-    def go_on(x_BV: jax.Array) -> jax.Array:
+    def go_on(x_BV: Array) -> Array:
         ids_BE = jnp.where((rules.end_ids_E < 0) | (lengths_B >= rules.first_end)[:, None], 2**31 - 1, rules.end_ids_E)
         return jax.vmap(lambda x, ids: x.at[ids].set(-jnp.inf, mode="drop"))(x_BV, ids_BE)
 
@@ -154,10 +150,10 @@ def _edit(logits_BV: jax.Array, rules: Rules, tokens_BS: jax.Array, lengths_B: j
     return jax.lax.cond((lengths_B < rules.first_end).any(), go_on, same, x_BV)
 
 
-def _filter(x_BV: jax.Array, rules: Rules) -> jax.Array:
+def _filter(x_BV: Array, rules: Rules) -> Array:
     """Scores with -inf for what the filters leave out."""
 
-    def top(x_BV: jax.Array) -> jax.Array:
+    def top(x_BV: Array) -> Array:
         ones_BV, all_B = jnp.ones_like(x_BV), jnp.full_like(rules.top_p, x_BV.shape[-1])
         cut_B = lowest_kept(x_BV, ones_BV, jnp.where(rules.top_k > 0, jnp.minimum(rules.top_k, all_B), all_B))
         highest_B = x_BV.max(-1)
@@ -167,7 +163,7 @@ def _filter(x_BV: jax.Array, rules: Rules) -> jax.Array:
         cut_B = jnp.maximum(cut_B, highest_B + jnp.log(rules.min_p))
         return jnp.where(x_BV >= cut_B[:, None], x_BV, -jnp.inf)
 
-    def typical(x_BV: jax.Array) -> jax.Array:
+    def typical(x_BV: Array) -> Array:
         log_p_BV = jax.nn.log_softmax(x_BV)
         p_BV = jnp.exp(log_p_BV)
         entropy_B = -jnp.where(p_BV > 0, p_BV * log_p_BV, 0).sum(-1)
@@ -180,16 +176,16 @@ def _filter(x_BV: jax.Array, rules: Rules) -> jax.Array:
     return jax.lax.cond((rules.typical_p < 1).any(), typical, lambda x_BV: x_BV, x_BV)
 
 
-def lowest_kept(x_BV: jax.Array, weights_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
+def lowest_kept(x_BV: Array, weights_BV: Array, wanted_B: Array) -> Array:
     """The largest cut [B] such that the weights of all x >= cut add up to at least `wanted`. Bisection over the
     integers whose order is that of float32, so it is exact but for the rounding of the sum."""
 
-    def ordered(x: jax.Array) -> jax.Array:  # its own inverse, on int32
+    def ordered(x: Array) -> Array:  # its own inverse, on int32
         return x ^ ((x >> 31) & 0x7FFFFFFF)
 
     keys_BV = ordered(jax.lax.bitcast_convert_type(x_BV, jnp.int32))
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low_B, high_B = bounds  # enough is above low, not above high
         middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)  # their mean, without overflow
         enough_B = jnp.where(keys_BV >= middle_B[:, None], weights_BV, 0).sum(-1) >= wanted_B

@@ -159,11 +159,9 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
         if not (names := _differences(again, config)):
             return family, hf
         differs[family.model_type] = names
-    nearest_family = min(differs, key=lambda name: len(differs[name]))
-    raise ConfigError(
-        f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: the nearest, {nearest_family}, "
-        f"differs in {', '.join(differs[nearest_family])}; only --to jaxgpt can hold it"
-    )
+    near = min(differs, key=lambda name: len(differs[name]))
+    why = f"the nearest, {near}, differs in {', '.join(differs[near])}; only --to jaxgpt can hold it"
+    raise ConfigError(f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: {why}")
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -60,12 +60,8 @@ def _remove(path: Path) -> None:
 def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     chunks = next(chunks for chunks in (8, 4, 2, 1) if trained.config.context_length % chunks == 0)
     final = directory.with_suffix("")  # without .partial
-    config = TrainConfig(
-        run_dir=str(final),
-        model=trained.config,
-        tokenizer=TokenizerConfig(path=str(final / trained.tokenizer.file_name)),
-        training=TrainingConfig(loss_chunks=chunks),
-    )
+    tokenizer = TokenizerConfig(path=str(final / trained.tokenizer.file_name))
+    config = TrainConfig("gpt", str(final), (), trained.config, tokenizer, training=TrainingConfig(loss_chunks=chunks))
     metadata = {"seed": 0, "tokenizer_sha256": trained.tokenizer.sha256, "data": []}
     with Checkpoints(directory, CheckpointConfig()) as checkpoints:
         checkpoints.save(0, trained.model, {"step": jnp.zeros((), jnp.int32)}, metadata)

@@ -97,8 +97,6 @@ def _is_run(path: Path) -> bool:
     if path.is_file():
         return False
     if not (path / "config.json").exists():
-        raise BadFileError(
-            f"checkpoint {path}: there is no config.json; name a run directory of train.py, a Hugging Face model's "
-            f"directory, or a .gguf file"
-        )
+        kinds = "a run directory of train.py, a Hugging Face model's directory, or a .gguf file"
+        raise BadFileError(f"checkpoint {path}: there is no config.json; name {kinds}")
     return "model_type" not in _read_config_json(path)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxgpt.model import Transformer, new_cache
 from jaxgpt.sharding import batch_parts, shard
@@ -56,7 +57,7 @@ def verify(model: Transformer) -> list[Check]:
 
 
 @jax.jit
-def _forward(model: Transformer, tokens_BT: jax.Array, cache: Any = None, **layout: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(model: Transformer, tokens_BT: Array, cache: Any = None, **layout: Array) -> tuple[Array, Any]:
     x_BTD, cache = model(tokens_BT, cache=cache, **layout)
     return model.logits(x_BTD), cache
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.interop.families import Family, Row
@@ -131,20 +132,16 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
             if found is None:
                 raise BadFileError(f"{where}: there is no tensor {name}; restore the file, or mend its configuration")
             if found.shape != wanted or found.kind not in _FLOATS:
-                raise BadFileError(
-                    f"{where}: tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}; "
-                    f"restore the file, or mend its configuration"
-                )
+                what = f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
+                raise BadFileError(f"{where}: {what}; restore the file, or mend its configuration")
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
     if unused:
         print(f"jaxgpt: {where}: {len(unused)} tensors are computed here, such as {unused[0]!r}", file=sys.stderr)
     unknown = left.keys() - {*unused, *["rope_freqs.weight"] * layout.gguf}
     if unknown:
-        raise BadFileError(
-            f"{where}: {len(unknown)} tensors are unknown to {layout.family.model_type}, such as {min(unknown)!r}; "
-            f"this model has parts that are not implemented"
-        )
+        what = f"{len(unknown)} tensors are unknown to {layout.family.model_type}, such as {min(unknown)!r}"
+        raise BadFileError(f"{where}: {what}; this model has parts that are not implemented")
 
 
 def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTensor], where: str) -> Any:
@@ -152,7 +149,7 @@ def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTens
     Raises BadFileError for a value that is not finite."""
     rows_of = {row.name: (row, rows) for rows in layout.tensors(_names(layout.config)).values() for row in rows}
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         name = parameter_name(path)
         bare = re.sub(r"^layers\.(\d+\.)?", "", name)
         layer = re.match(r"layers\.(\d+)\.", name)

@@ -5,16 +5,14 @@ for each key/value head, K head width."""
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxgpt.sharding import out_sharding
 
 
 def attention_mask(
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None = None,
-    window: int | jax.Array = 0,
-) -> jax.Array:
+    q_positions_BT: Array, k_positions_BS: Array, segments: tuple[Array, Array] | None = None, window: int | Array = 0
+) -> Array:
     """True where a query sees a key: not in its future, in its document, less than `window` back (0: any). `segments`
     are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S]."""
     distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
@@ -27,13 +25,13 @@ def attention_mask(
 
 
 def attention(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    mask_BTS: jax.Array,
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGK: Array,
+    mask_BTS: Array,
     softcap: float | None = None,
     scale: float | None = None,
-) -> jax.Array:
+) -> Array:
     """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245). Scores and
     softmax are float32. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then replaces them by c *
     tanh(scores / c). Returns [B, T, H, K]."""

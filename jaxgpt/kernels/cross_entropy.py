@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxgpt.sharding import out_sharding, shard
 
@@ -24,14 +25,14 @@ class LossOptions(NamedTuple):
     chunks: int = 1
 
 
-def output_logits(x_BTD: jax.Array, w_VD: jax.Array, softcap: float | None) -> jax.Array:
+def output_logits(x_BTD: Array, w_VD: Array, softcap: float | None) -> Array:
     """Capped float32 logits [B, T, V], of padding rows too."""
     where = out_sharding("BTV")
     logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=where)
     return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
 
 
-def _logits(x_BTD: jax.Array, w_VD: jax.Array, options: LossOptions) -> jax.Array:
+def _logits(x_BTD: Array, w_VD: Array, options: LossOptions) -> Array:
     """Capped float32 logits [B, T, V]; padding rows get the lowest finite number."""
     logits_BTV = output_logits(x_BTD, w_VD, options.softcap)
     if options.vocab_size < w_VD.shape[0]:
@@ -40,7 +41,7 @@ def _logits(x_BTD: jax.Array, w_VD: jax.Array, options: LossOptions) -> jax.Arra
     return logits_BTV
 
 
-def _losses(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _losses(logits_BTV: Array, labels_BT: Array) -> tuple[Array, Array, Array]:
     """Negative log-likelihood [B, T] in nats (0 where the label is -1), log-partition [B, T], one-hot labels [B, T, V].
     A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses."""
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -50,30 +51,30 @@ def _losses(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax
     return jnp.where(labels_BT >= 0, log_z_BT - label_logit_BT, 0), log_z_BT, hit_BTV
 
 
-def _split(a: jax.Array, chunks: int) -> jax.Array:
+def _split(a: Array, chunks: int) -> Array:
     """[B, T, ...] -> [C, B, T / C, ...]."""
     return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
 
 
-def _join(a: jax.Array) -> jax.Array:
+def _join(a: Array) -> Array:
     a = jnp.moveaxis(a, 0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])
 
 
-def _total(losses_BT: jax.Array, log_z_BT: jax.Array, weights_BT: jax.Array, options: LossOptions) -> jax.Array:
+def _total(losses_BT: Array, log_z_BT: Array, weights_BT: Array, options: LossOptions) -> Array:
     penalty_BT = options.z_loss * jnp.square(log_z_BT) if options.z_loss else 0.0
     return (weights_BT * (losses_BT + penalty_BT)).sum()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy(
-    x_BTD: jax.Array, w_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
-) -> tuple[jax.Array, jax.Array]:
+    x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions
+) -> tuple[Array, Array]:
     """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports). Only the sum
     has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by `options.chunks`. The z-loss
     is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118."""
 
-    def chunk(total: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
+    def chunk(total: Array, inputs: tuple) -> tuple[Array, Array]:
         x, labels, weights = inputs
         losses, log_z, _ = _losses(_logits(x, w_VD, options), labels)
         return total + _total(losses, log_z, weights, options), losses
@@ -84,8 +85,8 @@ def linear_cross_entropy(
 
 
 def _forward(
-    x_BTD: jax.Array, w_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Loss and, in the same pass over the logits, its gradients for a cotangent of one."""
 
     def chunk(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxgpt.sharding import spec
 
-Activation = Callable[[jax.Array], jax.Array]
+Activation = Callable[[Array], Array]
 
 
-def route(logits_BTE: jax.Array, count: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+def route(logits_BTE: Array, count: int, normalize: bool) -> tuple[Array, Array]:
     """Weights, float32, and numbers of the `count` most probable experts, [B, T, M] each; of equals the lowest first.
     With `normalize` a token's weights add up to 1."""
     weights_BTM, experts_BTM = jax.lax.top_k(jax.nn.softmax(logits_BTE.astype(jnp.float32)), count)
@@ -24,16 +25,12 @@ def route(logits_BTE: jax.Array, count: int, normalize: bool) -> tuple[jax.Array
 
 
 def mixture(
-    x_BTD: jax.Array,
-    weights_BTM: jax.Array,
-    experts_BTM: jax.Array,
-    matrices: tuple[jax.Array, jax.Array, jax.Array],
-    activate: Activation,
-) -> jax.Array:
+    x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple[Array, Array, Array], activate: Activation
+) -> Array:
     """The weighted sum [B, T, D] of each token's experts, down(activate(gate(x)) * up(x)). `matrices` are gate and up
     [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole."""
 
-    def local(x_BTD: jax.Array, weights_BTM: jax.Array, experts_BTM: jax.Array, *matrices: jax.Array) -> jax.Array:
+    def local(x_BTD: Array, weights_BTM: Array, experts_BTM: Array, *matrices: Array) -> Array:
         gate_EDF, up_EDF, down_EFD = matrices
         experts_N = experts_BTM.ravel()
         order_N = jnp.argsort(experts_N, stable=True)
@@ -50,15 +47,12 @@ def mixture(
     if jax.sharding.get_abstract_mesh().empty:
         return local(x_BTD, weights_BTM, experts_BTM, *matrices)
     rows = spec("BTD")
-    cut = jax.shard_map(
-        lambda *inputs: jax.lax.psum(local(*inputs), "tensor"),
-        in_specs=(rows, rows, rows, spec("EDF"), spec("EDF"), spec("EFD")),
-        out_specs=rows,
-    )
+    specs = (rows, rows, rows, spec("EDF"), spec("EDF"), spec("EFD"))
+    cut = jax.shard_map(lambda *inputs: jax.lax.psum(local(*inputs), "tensor"), in_specs=specs, out_specs=rows)
     return cut(x_BTD, weights_BTM, experts_BTM, *matrices)
 
 
-def router_losses(logits_BTE: jax.Array, experts_BTM: jax.Array) -> jax.Array:
+def router_losses(logits_BTE: Array, experts_BTM: Array) -> Array:
     """The load-balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961, equation 4), where the
     shares of a token's M experts add up to M, and the mean squared log-partition (arXiv:2202.08906, equation 5). Means
     over all tokens of the batch. Returns float32 [2]."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from jaxgpt.kernels.attention import attention
 from jaxgpt.kernels.experts import mixture, route, router_losses
@@ -18,7 +19,7 @@ from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, parameter_sharding, shard
 
 
-def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> jax.Array:
+def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> Array:
     """A parameter ready for use: cast, then gathered over fsdp (in this order: half the bytes move in bfloat16)."""
     return shard(parameter[...].astype(dtype), axes)
 
@@ -33,7 +34,7 @@ def constant(axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=parameter_sharding(axes)))
 
 
-def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x_BTD: Array, rate: float, key: Array | None) -> Array:
     """Zero a share `rate` of x and scale the rest up; the identity without a key."""
     if key is None or rate == 0:
         return x_BTD
@@ -65,7 +66,7 @@ class Projection(nnx.Module):
         self.kernel = normal(rngs, self.kernel_axes, tuple(size[a] for a in self.kernel_axes), std)
         self.bias = constant(self.bias_axes, tuple(size[a] for a in self.bias_axes), 0.0) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         kernel = weight(self.kernel, self.kernel_axes, x.dtype)
         y = jnp.einsum(self.equation, x, kernel, out_sharding=out_sharding(self.out_axes))
         if self.bias is None:
@@ -86,7 +87,7 @@ class Norm(nnx.Module):
         self.scale = constant(axes, shape, 1.0 - self.offset)
         self.bias = constant(axes, shape, 0.0) if config.norm_bias and self.kind == "layernorm" else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         over = tuple(range(-len(self.axes), 0))
         if self.kind == "layernorm":
@@ -99,14 +100,14 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
-def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+def sinusoids(positions_BT: Array, width: int) -> Array:
     """Fixed sine and cosine positions [B, T, width] (arXiv:1706.03762, section 3.5), sines first."""
     turns = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles_BTK = positions_BT[:, :, None].astype(jnp.float32) * turns[None, None]
     return jnp.concatenate([jnp.sin(angles_BTK), jnp.cos(angles_BTK)], axis=-1)
 
 
-LayerCache = tuple[jax.Array, jax.Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
+LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 
 
 class Attention(nnx.Module):
@@ -126,13 +127,8 @@ class Attention(nnx.Module):
         self.scale = None if config.query_scalar is None else config.query_scalar**-0.5
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        mask_BTS: jax.Array,
-        rotation: Rotation | None,
-        positions_BT: jax.Array,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x_BTD: Array, mask_BTS: Array, rotation: Rotation | None, positions_BT: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
         """Attend; with a cache, first write this call's keys and values into the slots of their positions."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
@@ -148,7 +144,7 @@ class Attention(nnx.Module):
         return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), cache
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
@@ -166,7 +162,7 @@ class FeedForward(nnx.Module):
         self.gate = Projection("BTD,DF->BTF", config, rngs, bias=bias) if config.gated_mlp else None
         self.down = Projection("BTF,FD->BTD", config, rngs, bias=bias, residual=True)
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: Array) -> tuple[Array, None]:
         """The result, and that there are no losses of a router."""
         if self.gate is None:
             return self.down(self.activate(self.up(x_BTD))), None
@@ -184,7 +180,7 @@ class Experts(nnx.Module):
         self.up = Projection("BTD,EDF->BTEF", config, rngs, bias=False)
         self.down = Projection("BTEF,EFD->BTD", config, rngs, bias=False, residual=True)
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x_BTD: Array) -> tuple[Array, Array]:
         """The result, and the losses [2] of `router_losses`. The router works in float32."""
         logits_BTE = self.router(x_BTD.astype(jnp.float32))
         weights_BTM, experts_BTM = route(logits_BTE, self.count, self.normalize)
@@ -209,13 +205,13 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x_BTD: jax.Array,
-        mask_BTS: jax.Array,
+        x_BTD: Array,
+        mask_BTS: Array,
         rotation: Rotation | None,
-        positions_BT: jax.Array,
+        positions_BT: Array,
         cache: LayerCache | None,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        dropout_key: Array | None,
+    ) -> tuple[Array, LayerCache | None, Array | None]:
         """The residual stream, the cache, and the losses [2] of the router where there are experts."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y_BTD = self._before(self.attention_norm, x_BTD)
@@ -224,12 +220,10 @@ class Block(nnx.Module):
         y_BTD, losses = self.mlp(self._before(self.mlp_norm, x_BTD))
         return self._add(x_BTD, y_BTD, self.mlp_norm, self.mlp_output_norm, keys[1]), cache, losses
 
-    def _before(self, norm: Norm, x_BTD: jax.Array) -> jax.Array:
+    def _before(self, norm: Norm, x_BTD: Array) -> Array:
         return norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD
 
-    def _add(
-        self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm, output_norm: Norm | None, key: jax.Array | None
-    ) -> jax.Array:
+    def _add(self, x_BTD: Array, y_BTD: Array, norm: Norm, output_norm: Norm | None, key: Array | None) -> Array:
         if self.norm_position == "output":
             y_BTD = norm(y_BTD)
         elif output_norm is not None:

@@ -6,13 +6,13 @@ Letters: B batch, T length, H heads, K head width."""
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxgpt.model_config import ModelConfig
 
-Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, 1, rotary_dim / 2] of each position's turn
+Rotation = tuple[Array, Array]  # cosines and sines [B, T, 1, rotary_dim / 2] of each position's turn
 
 
 def frequencies(config: ModelConfig, theta: float, scaling: str, length: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def rotary_kinds(config: ModelConfig, length: int) -> tuple[np.ndarray, tuple[in
     return np.stack(tables), tuple(layers)
 
 
-def rotations_of(positions_BT: jax.Array, tables: np.ndarray, factor: float) -> tuple[Rotation, ...]:
+def rotations_of(positions_BT: Array, tables: np.ndarray, factor: float) -> tuple[Rotation, ...]:
     """The rotation of each kind; `factor` multiplies cosines and sines (longrope's attention factor)."""
 
     def rotation(table: np.ndarray) -> Rotation:
@@ -61,7 +61,7 @@ def rotations_of(positions_BT: jax.Array, tables: np.ndarray, factor: float) -> 
     return tuple(rotation(table) for table in tables)
 
 
-def rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
+def rotate(x_BTHK: Array, rotation: Rotation) -> Array:
     """Turn the pairs (x[i], x[i + n/2]) of the first n = rotary_dim dimensions, Llama's order."""
     cos, sin = rotation
     width = 2 * cos.shape[-1]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.cross_entropy import output_logits
@@ -24,8 +25,8 @@ Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, 
 class _Context(NamedTuple):
     """What all layers share: positions, document numbers, the distinct rotations and which of them each layer uses."""
 
-    positions_BT: jax.Array
-    segments_BT: jax.Array | None
+    positions_BT: Array
+    segments_BT: Array | None
     rotations: tuple[Rotation | None, ...]
     kinds: tuple[int, ...]
 
@@ -33,7 +34,7 @@ class _Context(NamedTuple):
 class Transformer(nnx.Module):
     """A GPT. `layers` is one Block whose parameters carry a leading axis L, or a tuple of L Blocks (`unstacked`)."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array) -> None:
+    def __init__(self, config: ModelConfig, key: Array) -> None:
         """Draw the parameters as GPT-2 or nanoGPT does. `config.vocab_size` must be set."""
         if config.vocab_size is None:
             raise ValueError("config.vocab_size is not set: take it from the tokenizer")
@@ -51,18 +52,18 @@ class Transformer(nnx.Module):
         self.final_norm = None if config.norm_position == "post" else Norm("D", config)
         self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", table, 0.02)
 
-    def __call__(self, tokens_BT: jax.Array, **options: Any) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, tokens_BT: Array, **options: Any) -> tuple[Array, Cache | None]:
         """Hidden states and cache of `with_router_losses`, which says what the options are."""
         return self.with_router_losses(tokens_BT, **options)[:2]
 
     def with_router_losses(
         self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
+        tokens_BT: Array,
+        positions_BT: Array | None = None,
+        segments_BT: Array | None = None,
         cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        dropout_key: Array | None = None,
+    ) -> tuple[Array, Cache | None, Array | None]:
         """Hidden states [B, T, D] after the last norm, the cache with this call's keys and values, and the mean over
         the layers of `router_losses` [2]: None without experts or with a cache. `segments_BT` numbers the packed
         documents of a row: a token sees its own document only. With a cache, positions say into which slots keys and
@@ -84,7 +85,7 @@ class Transformer(nnx.Module):
             x_BTD, cache = self._cached_layers(x_BTD, context, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
-    def _rotations(self, positions_BT: jax.Array, length: int) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
+    def _rotations(self, positions_BT: Array, length: int) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
         config = self.config
         if config.positions != "rotary":
             return (None,), (0,) * config.n_layers
@@ -92,7 +93,7 @@ class Transformer(nnx.Module):
         factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
         return rotations_of(positions_BT, tables, factor), kinds
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         dtype = jnp.dtype(self.config.dtype)
         where = out_sharding("BTD")
         # Cast after the look-up: the gradient adds up all uses of a token, and bfloat16 cannot count past 256.
@@ -106,14 +107,12 @@ class Transformer(nnx.Module):
             x_BTD += sinusoids(positions_BT, self.config.d_model).astype(dtype)
         return x_BTD
 
-    def _train_layers(
-        self, x_BTD: jax.Array, context: _Context, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _train_layers(self, x_BTD: Array, context: _Context, key: Array | None) -> tuple[Array, Array | None]:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
         config, (positions_BT, segments_BT, rotations, kinds) = self.config, context
         segments = None if segments_BT is None else (segments_BT, segments_BT)
 
-        def run(x_BTD: jax.Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
+        def run(x_BTD: Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
             mask_BTS = attention_mask(positions_BT, positions_BT, segments, window)
             x_BTD, _, losses = layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)
             return x_BTD, losses
@@ -132,7 +131,7 @@ class Transformer(nnx.Module):
         kind_L = None if len(rotations) == 1 else jnp.array(kinds)
         stacked = None if kind_L is None else jax.tree.map(lambda *each: jnp.stack(each), *rotations)
 
-        def step(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array | None]:
+        def step(x_BTD: Array, inputs: tuple) -> tuple[Array, Array | None]:
             layer, window, kind, key = inputs
             rotation = rotations[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked)
             return run(x_BTD, layer, windows[0] if window is None else window, rotation, key)
@@ -140,7 +139,7 @@ class Transformer(nnx.Module):
         x_BTD, losses_L2 = jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))
         return x_BTD, None if losses_L2 is None else losses_L2.mean(0)
 
-    def _cached_layers(self, x_BTD: jax.Array, context: _Context, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _cached_layers(self, x_BTD: Array, context: _Context, cache: Cache) -> tuple[Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None]
         new = []
@@ -164,12 +163,12 @@ class Transformer(nnx.Module):
         model.layers = self._each_layer()
         return model
 
-    def output_embedding(self) -> jax.Array:
+    def output_embedding(self) -> Array:
         """The output projection [V, D], gathered, in the compute dtype; its rows beyond the vocabulary mean nothing."""
         table = self.token_embedding if self.unembedding is None else self.unembedding
         return weight(table, "VD", jnp.dtype(self.config.dtype))
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
+    def logits(self, x_BTD: Array) -> Array:
         """Float32 scores [B, T, V] of the next token, V the true vocabulary."""
         logits_BTV = output_logits(x_BTD, self.output_embedding(), self.config.logit_softcap)
         return shard(logits_BTV, "BT_")[..., : self.config.vocab_size]

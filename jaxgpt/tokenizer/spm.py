@@ -44,10 +44,9 @@ class SentencePieceTokenizer(Tokenizer):
             proto.normalizer_spec.add_dummy_prefix = False
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         if min(self.bos_id, self.eos_id) < 0 or not self.spells_all or self.decode(self.encode(_PROBE)) != _PROBE:
-            raise BadFileError(
-                f"{where} cannot reproduce every text: it needs bos, eos, byte fallback and identity normalisation; "
-                f"leave tokenizer.path empty to train one that has them"
-            )
+            needs = "it needs bos, eos, byte fallback and identity normalisation"
+            remedy = "leave tokenizer.path empty to train one that has them"
+            raise BadFileError(f"{where} cannot reproduce every text: {needs}; {remedy}")
 
     def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
         options: Any = dict(enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
@@ -66,24 +65,13 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_sentences(documents, config.training_bytes),
-            model_writer=model,
-            model_type=config.kind,
-            vocab_size=config.vocab_size,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            control_symbols=list(config.special_tokens),
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=2**30,
+            sentence_iterator=_training_sentences(documents, config.training_bytes), model_writer=model,
+            model_type=config.kind, vocab_size=config.vocab_size, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            control_symbols=list(config.special_tokens), byte_fallback=True, normalization_rule_name="identity",
+            add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            max_sentence_length=2**30, minloglevel=2,
             num_threads=16,  # fixed: the count is stored in the model, and unigram sums depend on it
-            minloglevel=2,
-        )
+        )  # fmt: skip
     except RuntimeError as error:
         raise _training_error(str(error), config) from None
     return SentencePieceTokenizer(model.getvalue())

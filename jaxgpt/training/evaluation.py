@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax import Array
 
 from jaxgpt.data.loader import EvalWindows
 from jaxgpt.data.shards import Corpus
@@ -24,7 +25,7 @@ def evaluate(
     those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over
     windows, which are taken as independent (Cochran, Sampling Techniques, 2.11)."""
     lengths = np.array([len(raw) for raw in tokenizer.token_bytes])
-    nats: list[jax.Array | np.ndarray] = []
+    nats: list[Array | np.ndarray] = []
     token_counts, byte_counts = [], []
     for index in range(len(windows)):
         if stop():

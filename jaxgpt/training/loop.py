@@ -66,11 +66,8 @@ class Trainer:
         self.windows = EvalWindows(
             self.corpora, batch_size=size // parts, sequence_length=length, batches=training.eval_batches * parts
         )
-        self.provenance = {
-            "seed": training.seed,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "data": [corpus.fingerprint for corpus in self.corpora],
-        }
+        self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256}
+        self.provenance["data"] = [corpus.fingerprint for corpus in self.corpora]
         self.tokens = size * length  # in one step
         self.eval_step = make_eval_step(self.config)
         self.stopping = False
@@ -89,17 +86,14 @@ class Trainer:
             state = self.steps(state, start)
         self.checkpoints.wait()
         if (saved := self.checkpoints.saved_step or 0) < self.config.training.steps:
-            raise StorageError(
-                f"{self.config.run_path}: the last step could not be saved, the newest is {saved}; make room and run "
-                f"the same command again"
-            )
+            why = f"the last step could not be saved, the newest is {saved}; make room and run the same command again"
+            raise StorageError(f"{self.config.run_path}: {why}")
         self.sample(state)
 
     def handle_signal(self, *_: object) -> None:
         """The first Ctrl-C or SIGTERM asks for a stop, the second one leaves the process at once."""
         if self.stopping:
-            saved = self.checkpoints.saved_step
-            os.write(2, f"jaxgpt: left at once; the newest saved step is {saved}, the same command resumes\n".encode())
+            os.write(2, f"jaxgpt: left at once; {self._saved()}, the same command resumes\n".encode())
             os._exit(Stopped.exit_status)
         self.stopping = True
         os.write(2, b"\njaxgpt: saving, then leaving (once more: leave at once)\n")
@@ -110,10 +104,8 @@ class Trainer:
         bytes_needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         bytes_free = shutil.disk_usage(self.config.run_path).free
         if bytes_free < 2 * bytes_needed:
-            raise StorageError(
-                f"{self.config.run_path}: {bytes_free / 1e9:.2f} GB are free, and two checkpoints need "
-                f"{2 * bytes_needed / 1e9:.2f} GB; make room or choose another --run-dir"
-            )
+            why = f"{bytes_free / 1e9:.2f} GB are free, and two checkpoints need {2 * bytes_needed / 1e9:.2f} GB"
+            raise StorageError(f"{self.config.run_path}: {why}; make room or choose another --run-dir")
         if converted := self.checkpoints.steps() == [0]:
             step, model, provenance = restore_model(self.config.run_path, abstract.model)
             state = jax.jit(init_state, static_argnums=0)(self.config)
@@ -125,10 +117,8 @@ class Trainer:
             return jax.jit(init_state, static_argnums=0)(self.config), 0
         for name in ("tokenizer_sha256",) if converted else ("tokenizer_sha256", "data"):
             if provenance[name] != self.provenance[name]:
-                raise BadFileError(
-                    f"run {self.config.run_path}: its {name} has changed since step {step} was saved; restore what it "
-                    f"was trained on, or choose another --run-dir"
-                )
+                why = f"its {name} has changed since step {step} was saved; restore what it was trained on"
+                raise BadFileError(f"run {self.config.run_path}: {why}, or choose another --run-dir")
         return state, step
 
     def announce(self, state: TrainState, start: int) -> None:
@@ -178,9 +168,11 @@ class Trainer:
         self.resumed = time.perf_counter()
 
     def stopped(self, step: int) -> Stopped:
-        saved = self.checkpoints.saved_step
-        what = "which is saved" if saved == step else f"the newest saved step is {saved}"
+        what = "which is saved" if self.checkpoints.saved_step == step else self._saved()
         return Stopped(f"stopped after step {step}, {what}; run the same command to go on")
+
+    def _saved(self) -> str:
+        return f"the newest saved step is {self.checkpoints.saved_step}"
 
     def save_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.training.steps
@@ -204,11 +196,10 @@ class Trainer:
         if not values["finite"]:
             names = self.loader.documents(step - 1)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise TrainingError(
-                f"training step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} is not finite, "
-                f"for documents {', '.join(names[:5]) or 'without names'}{more}; the newest saved step is "
-                f"{self.checkpoints.saved_step}: look at these documents, or lower optimizer.peak_lr"
-            )
+            what = f"loss {values['loss']} or gradient norm {values['grad_norm']} is not finite"
+            where = f"for documents {', '.join(names[:5]) or 'without names'}{more}"
+            remedy = f"{self._saved()}: look at these documents, or lower optimizer.peak_lr"
+            raise TrainingError(f"training step {step}: {what}, {where}; {remedy}")
         speed = self.tokens / seconds_per_step
         loss = float(values["loss"])
         record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * self.tokens}
@@ -232,10 +223,8 @@ class Trainer:
         if figures is None:
             return False
         if not math.isfinite(figures["val_loss"]):
-            raise TrainingError(
-                f"step {step}: the held-out loss is {figures['val_loss']}; the newest saved step is "
-                f"{self.checkpoints.saved_step}: lower optimizer.peak_lr"
-            )
+            loss = figures["val_loss"]
+            raise TrainingError(f"step {step}: the held-out loss is {loss}; {self._saved()}: lower optimizer.peak_lr")
         record = {"step": step, **figures}
         self.display.evaluation(record, gzip_bits_per_byte(self.corpora))
         self.log.write(record)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxgpt.config import OptimizerConfig
@@ -36,7 +37,7 @@ def decays(path: tuple[Any, ...]) -> bool:
     return parameter_name(path).rsplit(".", 1)[-1] not in ("bias", "scale")
 
 
-def _muon_dimensions(path: tuple[Any, ...], p: jax.Array) -> MuonDimensionNumbers:
+def _muon_dimensions(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
     """Which axes of a kernel [L, ...] are its input and its output."""
     if ".mlp." in (name := parameter_name(path)) and p.ndim == 4:
         return MuonDimensionNumbers((2,), (3,))  # each expert alone
@@ -61,13 +62,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
             )
         case "muon":
-            orthogonal = muon(
-                -1.0,
-                beta=config.beta1,
-                eps=config.epsilon,
-                muon_weight_dimension_numbers=_of_each(_muon_dimensions),
-                consistent_rms=0.2,
-            )
+            axes = dict(muon_weight_dimension_numbers=_of_each(_muon_dimensions), consistent_rms=0.2)
+            orthogonal = muon(-1.0, beta=config.beta1, eps=config.epsilon, **axes)
             # Optax's own choice for all else is Adam with Nesterov momentum, whose first steps are half as large again.
             adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
             label = _of_each(lambda path, _: "muon" if parameter_name(path).endswith(".kernel") else "adam")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch
@@ -15,7 +16,7 @@ from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy
 from jaxgpt.model import Transformer
 from jaxgpt.training.optimizer import learning_rate, make_optimizer
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +24,7 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """All that a step reads and writes; every leaf is an array with its sharding."""
 
-    step: jax.Array  # updates done, int32
+    step: Array  # updates done, int32
     model: Transformer
     optimizer: Any
     ema: Transformer | None  # moving average of the parameters, when `optimizer.ema_decay` is set
@@ -60,8 +61,8 @@ def loss_options(config: TrainConfig) -> LossOptions:
 
 
 def batch_loss(
-    model: Transformer, batch: Batch, weights_BT: jax.Array, options: LossOptions, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    model: Transformer, batch: Batch, weights_BT: Array, options: LossOptions, dropout_key: Array | None = None
+) -> tuple[Array, Array, Array | None]:
     """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
     where there are experts the two losses of their routers."""
     x_BTD, _, router = model.with_router_losses(
@@ -70,16 +71,14 @@ def batch_loss(
     return *linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options), router
 
 
-def _gradients(
-    model: Transformer, batch: Batch, config: TrainConfig, key: jax.Array | None
-) -> tuple[jax.Array, Metrics, Any]:
+def _gradients(model: Transformer, batch: Batch, config: TrainConfig, key: Array | None) -> tuple[Array, Metrics, Any]:
     """Tokens, mean losses and their gradients, over all labels of the batch, one part of the rows at a time."""
     options, parts = loss_options(config), config.training.accumulation_steps
     real_BT = batch.labels >= 0
     tokens = real_BT.sum()
     weights_BT = real_BT / jnp.maximum(tokens, 1)
 
-    def loss(model: Transformer, batch: Batch, weights_BT: jax.Array, key: jax.Array | None) -> tuple:
+    def loss(model: Transformer, batch: Batch, weights_BT: Array, key: Array | None) -> tuple:
         total, losses_BT, router = batch_loss(model, batch, weights_BT, options, key)
         losses = {"loss": (weights_BT * losses_BT).sum()}
         if router is not None:
@@ -93,7 +92,7 @@ def _gradients(
         grads, losses = gradient(model, batch, weights_BT, key)
         return tokens, losses, grads
 
-    def split(a_BT: jax.Array) -> jax.Array:
+    def split(a_BT: Array) -> Array:
         # Rows a, a + A, a + 2A ... go to part a: each device then keeps the rows that it has.
         return jnp.moveaxis(a_BT.reshape(a_BT.shape[0] // parts, parts, *a_BT.shape[1:]), 1, 0)
 
@@ -130,12 +129,8 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
             ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, new_model)
         updated = TrainState(state.step, new_model, new_optimizer, ema)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        metrics = losses | {
-            "grad_norm": norm,
-            "learning_rate": rate(state.optimizer[-1].count),  # less than the step after skipped updates
-            "tokens": tokens,
-            "finite": finite,
-        }
+        now = rate(state.optimizer[-1].count)  # less than the step after skipped updates
+        metrics = losses | {"grad_norm": norm, "learning_rate": now, "tokens": tokens, "finite": finite}
         return replace(kept, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -145,7 +140,7 @@ def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
     """Jitted, (model, batch) -> the sum of the negative log-likelihoods of each row, float32 [B], in nats."""
     options = loss_options(config)
 
-    def eval_step(model: Transformer, batch: Batch) -> jax.Array:
+    def eval_step(model: Transformer, batch: Batch) -> Array:
         _, losses_BT, _ = batch_loss(model, batch, jnp.zeros(batch.labels.shape), options)
         return losses_BT.sum(-1)
 
