@@ -5,6 +5,8 @@ recomputation adds: two for each multiply-add of the forward pass and twice that
 
 import functools
 import time
+import tomllib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
 
-PEAK_FLOPS = {  # of one device, dense bfloat16, from the makers' data sheets
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+DEVICES: dict[str, dict[str, float]] = tomllib.loads(Path(__file__).with_name("devices.toml").read_text("utf-8"))
 
 
 @functools.cache
@@ -61,5 +54,5 @@ def peak_flops(mesh: Mesh) -> float | None:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return _measured_cpu_flops() * jax.process_count()
-    peak = PEAK_FLOPS.get(device.device_kind)
-    return None if peak is None else peak * mesh.size
+    known = DEVICES.get(device.device_kind)
+    return None if known is None else known["flops"] * mesh.size
