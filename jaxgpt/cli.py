@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -25,10 +25,8 @@ from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 
-if TYPE_CHECKING:
-    from jaxgpt.run import TrainedModel
-
 Options = TypeVar("Options")
+Rows = list[tuple[str, int, bytes]]  # piece, id and bytes of each token
 
 
 def parse(arguments: Sequence[str], kind: type[Options], program: str, **options: Any) -> Options:
@@ -94,8 +92,8 @@ class Compute:
     dtype: Literal["float32", "bfloat16"] | None = None
 
     @contextlib.contextmanager
-    def load(self, path: Path, step: int | None = None) -> "Iterator[TrainedModel]":
-        """The model at `path`, on a mesh that is set meanwhile. Raises what `load_model` raises."""
+    def load(self, path: Path, step: int | None = None) -> Iterator[Any]:
+        """The TrainedModel at `path`, on a mesh that is set meanwhile. Raises what `load_model` raises."""
         import jax
 
         from jaxgpt.interop.load import load_model, model_config
@@ -200,9 +198,6 @@ class Tokenize:
         for name, path, rows in zip(heads, self.tokenizer, cuts, strict=True):
             said = f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token"
             print(said if len(cuts) == 1 else f"{name}: {said}, {len(rows) / max(size, 1):.2f} tokens per byte, {path}")
-
-
-Rows = list[tuple[str, int, bytes]]
 
 
 def _side_by_side(cuts: list[Rows]) -> list[list[Rows]]:

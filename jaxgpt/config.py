@@ -12,6 +12,8 @@ from jaxgpt.files import cache_home
 from jaxgpt.model_config import ModelConfig as ModelConfig
 from jaxgpt.model_config import Section, require
 
+_UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}  # by an optimizer
+
 
 @dataclass(frozen=True)
 class TokenizerConfig(Section):
@@ -61,9 +63,6 @@ class DataConfig(Section):
     @property
     def cache_path(self) -> Path:
         return Path(self.cache_dir or cache_home())
-
-
-_UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
+_STORAGE_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.EFBIG,
+}  # fmt: skip
+
 
 class JaxgptError(Exception):
     """A mistake or a fault that the user can act on; the message is one line."""
@@ -51,12 +56,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase `; did you mean A or B?` for a misspelt name, or nothing when none is near."""
     near = difflib.get_close_matches(name[:100], list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-_STORAGE_ERRNOS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST,
-    errno.EISDIR, errno.EFBIG,
-}  # fmt: skip
 
 
 def note(message: str) -> None:

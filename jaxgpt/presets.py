@@ -29,9 +29,8 @@ def validated(kind: type, value: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] != "unexpected_keyword_argument":
-            raise ConfigError(
-                ": ".join(filter(None, [where, ".".join(map(str, first["loc"])), first["msg"]]))
-            ) from None
+            why = ": ".join(filter(None, [where, ".".join(map(str, first["loc"])), first["msg"]]))
+            raise ConfigError(why) from None
         *outer, name = map(str, first["loc"])
         for each in outer:
             kind = next(f.type for f in dataclasses.fields(kind) if f.name == each)  # type: ignore[assignment]
@@ -41,8 +40,7 @@ def validated(kind: type, value: Any, where: str) -> Any:
 
 def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
     """Parse `to_json`'s text. Raises BadFileError when it is not a JSON object, else what `validated` raises."""
-    config: TrainConfig = validated(TrainConfig, parse_json(text, where, "restore the file or start a new run"), where)
-    return config
+    return validated(TrainConfig, parse_json(text, where, "restore the file or start a new run"), where)
 
 
 def load_preset(name: str) -> TrainConfig:

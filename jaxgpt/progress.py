@@ -17,9 +17,8 @@ class _Console(Console):
 class Bar:
     """A context manager that shows how many of `total` steps, requests ... are done, with figures beside it."""
 
-    def __init__(self, what: str, total: int, done: int, *, stderr: bool = False, quiet: bool = False) -> None:
-        """`quiet`: another process speaks for this one."""
-        self._console = _Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True)
+    def __init__(self, what: str, total: int, done: int, *, stderr: bool = False) -> None:
+        self._console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
         self._what, self._total = what, total
         columns = TextColumn(what), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)

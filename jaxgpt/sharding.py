@@ -1,7 +1,7 @@
 """One letter per axis, and the one table that says over which mesh axes each letter is cut.
 
-Sharding is explicit: it lives in the type of every array, and JAX raises instead of guessing. There is
-always a mesh, 1x1x1 on a laptop. Letters, used in names such as `x_BTD` all over the project:
+Sharding is explicit: it lives in the type of every array, and JAX raises instead of guessing. There is always a mesh,
+1x1x1 on a laptop. Letters, used in names such as `x_BTD` all over the project:
 
     B batch   T query length   S key length   D model width   H query heads   G key/value heads
     K head width   F feed-forward width   V vocabulary   L layers   E experts

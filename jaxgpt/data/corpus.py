@@ -66,9 +66,8 @@ class Problems:
         self.count("skipped {number} bad documents", f"{name}: {why}")
         if len(self.bad) > self.most_bad:
             allowed = f"{len(self.bad)} bad documents; " if self.most_bad else ""
-            raise BadFileError(
-                f"{name}: {why}; {allowed}repair it or raise data.max_bad_documents to skip such documents"
-            )
+            remedy = "repair it or raise data.max_bad_documents to skip such documents"
+            raise BadFileError(f"{name}: {why}; {allowed}{remedy}")
 
     def lines(self) -> Iterator[str]:
         """One line for people about each kind of problem."""
@@ -88,9 +87,8 @@ def _find(path: str, cache_dir: Path) -> list[Source]:
     if path == "@shakespeare":
         return _walk(_shakespeare(cache_dir / "shakespeare"))
     if path.startswith("@"):
-        raise ConfigError(
-            f"data.paths: unknown builtin {path}{nearest(path, BUILTINS)}; there are {', '.join(BUILTINS)}"
-        )
+        near = nearest(path, BUILTINS)
+        raise ConfigError(f"data.paths: unknown builtin {path}{near}; there are {', '.join(BUILTINS)}")
     if os.path.isdir(path):
         found = _walk(Path(path))
     elif os.path.exists(path):
@@ -122,7 +120,6 @@ def _raise(error: OSError) -> None:
 
 
 def _python_library(root: Path) -> list[Source]:
-    """Source files of the standard library, without its tests and what depends on the machine."""
     found = [source for source in _walk(root, _NOT_LIBRARY, (".py",)) if not _MACHINE_FILES.search(source.name)]
     return [Source(source.path, TOPICS) if source.name == "pydoc_data/topics.py" else source for source in found]
 
@@ -158,7 +155,6 @@ def read_documents(sources: Iterable[Source], config: DataConfig, problems: Prob
 
 
 def _texts(source: Source, config: DataConfig, problems: Problems) -> Iterator[tuple[str, Iterable[str]]]:
-    """(name, the text in chunks) of each document in one file."""
     if source.name == TOPICS:
         from pydoc_data.topics import topics
 
@@ -218,7 +214,6 @@ def _json_lines(source: Source, key: str, problems: Problems) -> Iterator[tuple[
 
 
 def _of_line(name: str, line: bytes, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    """The document in one line of JSON, if it is one."""
     try:
         value: Any = json.loads(line.decode())
     except UnicodeDecodeError as error:

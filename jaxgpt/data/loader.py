@@ -13,10 +13,8 @@ import numpy as np
 from jaxgpt.data.shards import Corpus, TokenStream
 from jaxgpt.errors import BadFileError, ConfigError
 
-_READ_AHEAD = 8  # batches
-
-
 Ints = Any  # a NumPy array on the host, a JAX array on the devices
+_READ_AHEAD = 8  # batches
 
 
 class Batch(NamedTuple):

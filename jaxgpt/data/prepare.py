@@ -194,7 +194,6 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
 
 
 def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write the shards of one split that are not there yet; returns its entry in meta.json."""
     compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
     gzip_bytes = 0
 

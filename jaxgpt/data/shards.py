@@ -126,8 +126,8 @@ def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
 
 
 def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[str, Any]) -> None:
-    identity = {"name": name, "dtype": token_dtype(tokenizer).name, "vocab_size": tokenizer.vocab_size}
-    meta = {"format": FORMAT, **identity, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
+    meta = {"format": FORMAT, "name": name, "dtype": token_dtype(tokenizer).name, "vocab_size": tokenizer.vocab_size}
+    meta |= {"tokenizer_sha256": tokenizer.sha256, "splits": splits}
     write_atomically(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
 
 

@@ -159,8 +159,6 @@ def _write(x: Array, place_B: Array, new: Array) -> Array:
 
 
 def _record(slots: Slots, wanted_B: Array, place_B: Array, token_B: Array, logits_BV: Array) -> Slots:
-    """Note the log-probabilities of the chosen tokens and of the most probable ones, where they are wanted."""
-
     def record(old: tuple) -> tuple:
         log_p_BV = jax.nn.log_softmax(logits_BV)
         chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)

@@ -68,9 +68,8 @@ class _Text:
     def __init__(self, request: Request, tokenizer: Tokenizer, end_ids: Sequence[int]) -> None:
         self.request, self.length = request, len(request.ids)
         self._end_ids, self._tokenizer, self._text, self._shown = end_ids, tokenizer, "", 0
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(
-            "replace"
-        )  # a character is shown when all its bytes are there
+        # A character is shown when all its bytes are there.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, row_S: np.ndarray, length: int, done: bool, failed: bool) -> Progress:
         """Take the tokens that came since the last time; a stop text may complete it before the device does."""
@@ -203,7 +202,6 @@ class Engine:
         return jax.device_put(array, spec(axes))
 
     def _fill(self, slots: Slots, new: dict[int, Request]) -> Slots:
-        """Put requests into free slots, and their prompts into the cache."""
         if not new:
             return slots
         length, context = slots.tokens_BS.shape[1], self._config.context_length

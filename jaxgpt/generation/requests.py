@@ -69,7 +69,6 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
 
 
 def _openai_body(value: Json) -> tuple[Json, str]:
-    """The fields of a line of OpenAI's batch format, in our names, and its url."""
     body, url = value.get("body"), value.get("url")
     if unknown := value.keys() - {"method", "url", "body"}:
         raise ConfigError(f"unknown key {min(unknown)}{nearest(min(unknown), ('method', 'url', 'body'))}")

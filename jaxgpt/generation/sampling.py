@@ -17,6 +17,7 @@ from jax import Array
 
 from jaxgpt.model_config import Section, require
 
+Numbers = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
 MAX_ENDS, MAX_BIASED, MAX_ALTERNATIVES = 32, 300, 20
 
 
@@ -55,9 +56,6 @@ class SamplingParams(Section):
         require(len(self.stop) <= 16 and all(self.stop), f"stop is {self.stop!r:.50}: it must be 16 texts, none empty")
         few = len(self.stop_token_ids) <= 16 and min(self.stop_token_ids, default=0) >= 0
         require(few, f"stop_token_ids is {self.stop_token_ids!r:.50}: it must be 16 ids at most")
-
-
-Numbers = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
 
 
 class Rules(NamedTuple):
@@ -123,7 +121,6 @@ def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -
 
 
 def _edit(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
-    """Logit bias, penalties for what is there, and no end before its time."""
     same = lambda x_BV: x_BV  # noqa: E731
 
     def bias(x_BV: Array) -> Array:
@@ -151,8 +148,6 @@ def _edit(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) ->
 
 
 def _filter(x_BV: Array, rules: Rules) -> Array:
-    """Scores with -inf for what the filters leave out."""
-
     def top(x_BV: Array) -> Array:
         ones_BV, all_B = jnp.ones_like(x_BV), jnp.full_like(rules.top_p, x_BV.shape[-1])
         cut_B = lowest_kept(x_BV, ones_BV, jnp.where(rules.top_k > 0, jnp.minimum(rules.top_k, all_B), all_B))

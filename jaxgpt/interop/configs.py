@@ -49,9 +49,6 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )  # fmt: skip
 
 
-# Reading
-
-
 @contextlib.contextmanager
 def _reading(where: str) -> Iterator[None]:
     """Raise BadFileError for whatever comes of values that are illegal or of another kind than they should be."""
@@ -142,9 +139,6 @@ def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, .
     return tuple(kinds[hf["layer_types"][i]] for i in range(config.n_layers))
 
 
-# Writing
-
-
 def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json]:
     """The family `preferred`, or the first that can hold this model, and its config.json. Raises ConfigError, naming
     what differs from the nearest, when there is none."""
@@ -214,9 +208,6 @@ def _write_rope(rope: Json, local_theta: float | None) -> Json:
         hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
         hf["rope_local_base_freq"] = local_theta
     return hf
-
-
-# GGUF
 
 
 def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where: str) -> tuple[Family, ModelConfig]:

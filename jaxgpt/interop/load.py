@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -75,7 +75,7 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
             raise BadFileError(f"{where}: it must be a .gguf file, or a directory with config.json")
         gguf = read_gguf(path)
         return Layout(*read_gguf_config(gguf.metadata, gguf.tensors, where), gguf=True), gguf.tensors
-    layout = Layout(*read_config(_read_config_json(path), str(path / "config.json")), gguf=False)
+    layout = Layout(*read_config(read_json(path / "config.json", limit=2**20), str(path / "config.json")), gguf=False)
     prefix, tensors = layout.family.prefix, read_safetensors(path)
     named = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
     if len(named) < len(tensors):
@@ -89,14 +89,10 @@ def model_config(path: Path) -> ModelConfig:
     return read_run(path).model if _is_run(path) else open_model(path)[0].config
 
 
-def _read_config_json(path: Path) -> dict[str, Any]:
-    return read_json(path / "config.json", limit=2**20)
-
-
 def _is_run(path: Path) -> bool:
     if path.is_file():
         return False
     if not (path / "config.json").exists():
         kinds = "a run directory of train.py, a Hugging Face model's directory, or a .gguf file"
         raise BadFileError(f"checkpoint {path}: there is no config.json; name {kinds}")
-    return "model_type" not in _read_config_json(path)
+    return "model_type" not in read_json(path / "config.json", limit=2**20)

@@ -89,7 +89,6 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _size(kind: str, shape: list) -> int:
-    """The bytes of a tensor; 0 when there is no such type or shape."""
     if len(shape) > _MAX_DIMS or not all(type(n) is int and n > 0 for n in shape):
         return 0
     return math.prod(shape) * _BYTES.get(kind, 0)

@@ -78,7 +78,6 @@ def _cached(model: Transformer, tokens_BT: np.ndarray, sizes: list[int]) -> np.n
 
 
 def _alone(model: Transformer, tokens_BT: np.ndarray) -> np.ndarray:
-    """Logits of each row where all others are other tokens."""
     others_BT, mine_B = (tokens_BT + 1) % (model.config.vocab_size or 1), np.eye(len(tokens_BT), dtype=bool)
     return np.stack([_logits(model, np.where(me[:, None], tokens_BT, others_BT))[me][0] for me in mine_B])
 

@@ -69,9 +69,6 @@ def _sentencepiece(own: Json, kinds: list[int], ids: Json) -> bytes:
     return proto.SerializeToString()
 
 
-# Out again
-
-
 def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> Json:
     """The settings that describe a tokenizer in GGUF, with unused tokens up to `vocab_size`. Raises ConfigError when
     GGUF has no name for how it cuts a text."""
@@ -101,7 +98,6 @@ def _alike(tokenizer: Tokenizer, written: Tokenizer) -> bool:
 
 
 def _gguf_model(tokenizer: Tokenizer, pieces: list[str], kinds: list[int]) -> Json:
-    """Pieces of these kinds, and what makes them of a text."""
     own: Json = {"model": "llama", "pre": "default", "add_space_prefix": bool(tokenizer.prefix)}
     if isinstance(tokenizer, SentencePieceTokenizer):
         own["model"] = "t5" if tokenizer.unigram else "llama"
@@ -124,7 +120,6 @@ def _gguf_model(tokenizer: Tokenizer, pieces: list[str], kinds: list[int]) -> Js
 
 
 def _cutting(parsed: Json) -> Cutting:
-    """How a tokenizer.json cuts a text before its bytes are merged."""
     first = parsed["pre_tokenizer"] or {}
     steps = first.get("pretokenizers", [first])
     steps = [step | {"trim_offsets": True} if "trim_offsets" in step else step for step in steps]  # changes no text

@@ -115,7 +115,6 @@ class Layout:
 
 
 def _names(config: ModelConfig) -> set[str]:
-    """The parameters of a model, without `layers.` and a layer's number."""
     shapes = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     return {parameter_name(path).removeprefix("layers.") for path in paths}

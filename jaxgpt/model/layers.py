@@ -18,6 +18,14 @@ from jaxgpt.model.rotary import Rotation, rotate
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, parameter_sharding, shard
 
+LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
 
 def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> Array:
     """A parameter ready for use: cast, then gathered over fsdp (in this order: half the bytes move in bfloat16)."""
@@ -107,9 +115,6 @@ def sinusoids(positions_BT: Array, width: int) -> Array:
     return jnp.concatenate([jnp.sin(angles_BTK), jnp.cos(angles_BTK)], axis=-1)
 
 
-LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
-
-
 class Attention(nnx.Module):
     """Causal multi-head, grouped-query or multi-query attention."""
 
@@ -142,14 +147,6 @@ class Attention(nnx.Module):
         else:
             k_BSGK, v_BSGK = k_BTGK, v_BTGK
         return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), cache
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-}
 
 
 class FeedForward(nnx.Module):

@@ -46,9 +46,8 @@ class Transformer(nnx.Module):
         learned, std = config.positions == "learned", 0.01 if config.init == "gpt2" else 0.02
         places = (config.context_length, config.d_model)
         self.position_embedding = normal(rngs, "SD", places, std) if learned else None
-        self.layers: Block | tuple[Block, ...] = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(
-            jax.random.split(layers_key, config.n_layers)
-        )
+        keys = jax.random.split(layers_key, config.n_layers)
+        self.layers: Block | tuple[Block, ...] = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(keys)
         self.final_norm = None if config.norm_position == "post" else Norm("D", config)
         self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", table, 0.02)
 

@@ -40,8 +40,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _read_settings(directory: Path) -> Settings:
-    """The settings beside a tokenizer: tokenizer_config.json, chat_template.jinja, config.json."""
-
     def read(name: str) -> Settings:
         path = directory / name
         return read_json(path, limit=64 * 2**20) if path.exists() else {}

@@ -13,6 +13,10 @@ from jaxgpt.files import read_json
 from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer, spelt
 
 MAX_BYTES = 256 * 2**20
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+"""The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
 
 
 class JsonTokenizer(Tokenizer):
@@ -66,8 +70,7 @@ class JsonTokenizer(Tokenizer):
 
     def parsed(self) -> Settings:
         """The tokenizer.json with every setting written out, also those that the file leaves to the library."""
-        found: Settings = json.loads(self._model.to_str())
-        return found
+        return json.loads(self._model.to_str())
 
     def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
         if alpha > 0:
@@ -78,12 +81,6 @@ class JsonTokenizer(Tokenizer):
         self._model.encode_special_tokens = not special
         found = self._model.encode_batch_fast(texts, add_special_tokens=False)  # on as many cores as the library wants
         return [each.ids for each in found]
-
-
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
-"""The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
 
 
 def _from_alphabet(piece: str, kind: int) -> bytes:

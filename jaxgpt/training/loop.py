@@ -12,6 +12,7 @@ import statistics
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,8 @@ class Trainer:
         weights, size = self.config.data.weights, training.batch_size
         self.loader = Loader(self.corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
         parts = training.accumulation_steps  # a whole batch may not fit
-        self.windows = EvalWindows(
-            self.corpora, batch_size=size // parts, sequence_length=length, batches=training.eval_batches * parts
-        )
+        own: Any = dict(batch_size=size // parts, sequence_length=length, batches=training.eval_batches * parts)
+        self.windows = EvalWindows(self.corpora, **own)
         self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256}
         self.provenance["data"] = [corpus.fingerprint for corpus in self.corpora]
         self.tokens = size * length  # in one step
@@ -76,7 +76,7 @@ class Trainer:
     def run(self) -> None:
         """Train from the newest checkpoint, or from the seed, to the last step."""
         state, start = self.first_state()
-        display = Display(self.config.training.steps, start, quiet=jax.process_index() > 0)
+        display = Display(self.config.training.steps, start)
         with display as self.display, closing(MetricsLog(self.config, start)) as self.log, ExitStack() as stack:
             # Not before: a run that refuses these must keep its own.
             write_run(self.config, self.tokenizer, self.config.run_path)
@@ -222,8 +222,7 @@ class Trainer:
         figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, lambda: self.stopping)
         if figures is None:
             return False
-        if not math.isfinite(figures["val_loss"]):
-            loss = figures["val_loss"]
+        if not math.isfinite(loss := figures["val_loss"]):
             raise TrainingError(f"step {step}: the held-out loss is {loss}; {self._saved()}: lower optimizer.peak_lr")
         record = {"step": step, **figures}
         self.display.evaluation(record, gzip_bits_per_byte(self.corpora))

@@ -94,12 +94,11 @@ def _start_wandb(config: TrainConfig) -> Any:
 class Display(Bar):
     """What a person sees of a training run."""
 
-    def __init__(self, steps: int, start_step: int, *, quiet: bool = False) -> None:
-        super().__init__("step", steps, start_step, quiet=quiet)
-        self._steps = steps
+    def __init__(self, steps: int, start_step: int) -> None:
+        super().__init__("step", steps, start_step)
 
     def step(self, record: Record, seconds_per_step: float, *, due: bool) -> None:
-        left = clock((self._steps - record["step"]) * seconds_per_step)
+        left = clock((self._total - record["step"]) * seconds_per_step)
         mfu = "n/a" if (share := record.get("mfu")) is None else f"{100 * share:.1f} %"
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}  {left} left"
         self.update(record["step"], figures, due=due)
@@ -108,4 +107,4 @@ class Display(Bar):
         bits, error = record["val_bits_per_byte"], record["val_bits_per_byte_se"]
         beside = "" if gzip_bits is None else f"  (gzip -9: {gzip_bits:.3f})"
         loss = f"held-out loss {record['val_loss']:.4f}"
-        self.say(f"step {record['step']}/{self._steps}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")
+        self.say(f"step {record['step']}/{self._total}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")

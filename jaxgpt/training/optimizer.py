@@ -11,6 +11,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jaxgpt.config import OptimizerConfig
 from jaxgpt.model import parameter_name
 
+_of_each = functools.partial(functools.partial, jax.tree_util.tree_map_with_path)  # choose(path, p) -> tree -> tree
+
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up, then the configured shape down to `final_lr_ratio` of the peak at step `steps`."""
@@ -43,9 +45,6 @@ def _muon_dimensions(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
         return MuonDimensionNumbers((2,), (3,))  # each expert alone
     inputs = p.ndim - 2 if name.endswith("attention.output.kernel") else 1  # H and K are merged
     return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
-
-
-_of_each = functools.partial(functools.partial, jax.tree_util.tree_map_with_path)  # choose(path, p) -> tree -> tree
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -54,10 +54,9 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
-    assert config.model.vocab_size is not None
-    return LossOptions(
-        config.model.vocab_size, config.model.logit_softcap, config.training.z_loss, config.training.loss_chunks
-    )
+    model, training = config.model, config.training
+    assert model.vocab_size is not None
+    return LossOptions(model.vocab_size, model.logit_softcap, training.z_loss, training.loss_chunks)
 
 
 def batch_loss(
@@ -65,9 +64,8 @@ def batch_loss(
 ) -> tuple[Array, Array, Array | None]:
     """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
     where there are experts the two losses of their routers."""
-    x_BTD, _, router = model.with_router_losses(
-        batch.tokens, batch.positions, batch.segment_ids, dropout_key=dropout_key
-    )
+    layout = batch.tokens, batch.positions, batch.segment_ids
+    x_BTD, _, router = model.with_router_losses(*layout, dropout_key=dropout_key)
     return *linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options), router
 
 

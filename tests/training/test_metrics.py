@@ -215,13 +215,6 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     ]
 
 
-def test_a_quiet_display_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(20, 0, quiet=True) as display:
-        display.step(RECORD, 0.5, due=True)
-        display.evaluation(EVALUATION, None)
-    assert capsys.readouterr().out == ""
-
-
 def read_all(descriptor: int) -> str:
     """What a terminal shows until its last writer has closed it, which Linux reports as an error."""
     content = b""
