@@ -34,6 +34,7 @@ def test_the_first_commands_are_the_two_that_set_everything_up() -> None:
 def with_runs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which the command at the top of README has run, with a smaller model."""
     shutil.copytree(finished, tmp_path / "runs" / "tiny")
+    (tmp_path / "prompts.jsonl").write_text('"import "\n{"prompt": "class ", "max_tokens": 4, "seed": 1}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,6 +48,9 @@ def test_commands_are_accepted(command: Callable[..., Any], with_runs: Path, lin
     if program[0] == "train.py" or program[1] == "data":
         program += [] if {"--print-config", "--help"} & set(program) else ["--print-config"]
     outcome = command(*program)
+    if "--input" in program:
+        assert outcome.status == 0 and len((with_runs / "answers.jsonl").read_text().splitlines()) == 2
+        return
     assert (outcome.status, outcome.err) == (0, "") or "tokens of the context" in outcome.err
     assert outcome.out
 
