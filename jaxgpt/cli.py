@@ -131,9 +131,12 @@ class Generate(Compute):
             return self._answer(self.input, self.output)
         with self.load(self.checkpoint, self.step) as trained:
             engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples)
-            if 0 < (room := engine.room(self.prompt)) < self.sampling.max_new_tokens:
+            room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
+            if engine.truncated:
+                note(f"the prompt is {self.sampling.max_new_tokens - room} tokens too long: truncated")
+            elif room < self.sampling.max_new_tokens:
                 note(f"{room} tokens of the context are left, so it ends there at the latest")
-            _print_samples(engine.stream(self.prompt, self.sampling), self.prompt, self.sampling.num_samples)
+            _print_samples(pieces, self.prompt, self.sampling.num_samples)
 
     def _answer(self, source: Path, target: Path) -> None:
         from jaxgpt.checkpoint import fingerprint

@@ -83,7 +83,9 @@ def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
 
 def _find(path: str, cache_dir: Path) -> list[Source]:
     if path == "@python":
-        return _python_library(Path(sysconfig.get_path("stdlib")))
+        found = _walk(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY, (".py",))
+        named = (Source(each.path, TOPICS if each.name == "pydoc_data/topics.py" else each.name) for each in found)
+        return [source for source in named if not _MACHINE_FILES.search(source.name)]
     if path == "@shakespeare":
         return _walk(_shakespeare(cache_dir / "shakespeare"))
     if path.startswith("@"):
@@ -117,11 +119,6 @@ def _walk(root: Path, leave_out: Iterable[str] = (), endings: tuple[str, ...] = 
 
 def _raise(error: OSError) -> None:
     raise error  # os.walk would leave out a directory that it may not read, without a word
-
-
-def _python_library(root: Path) -> list[Source]:
-    found = [source for source in _walk(root, _NOT_LIBRARY, (".py",)) if not _MACHINE_FILES.search(source.name)]
-    return [Source(source.path, TOPICS) if source.name == "pydoc_data/topics.py" else source for source in found]
 
 
 def _shakespeare(directory: Path) -> Path:

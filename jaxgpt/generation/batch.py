@@ -55,7 +55,6 @@ class Job:
                     yield number, line and line.rstrip(b"\r\n")
 
     def identity(self, model: str) -> str:
-        """What the output depends on."""
         with open(self.input, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return json.dumps({**asdict(self), "input": digest, "output": "", "model": model}, sort_keys=True) + "\n"
@@ -71,7 +70,7 @@ class Job:
                     note(f"going on after {before} of {last - first} lines")
                 errors = _answer_lines(self, engine, encode_chat, output, range(first, last))
                 output.finish()
-                note(f"{last - first - before} lines answered now, {errors} errors")
+                note(f"{last - first - before} lines answered now, {errors} errors, {engine.truncated} truncated")
             note(f"{self.output} is complete")
 
 

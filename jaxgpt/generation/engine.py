@@ -110,6 +110,7 @@ class Engine:
         self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
         self._parts = batch_parts()
         self._slots = -(-slots // self._parts) * self._parts
+        self.truncated = 0  # prompts that were cut to fit
         self.tokens = 0  # generated so far
         self.places = 0  # slots times steps that were computed for them
 
@@ -146,6 +147,12 @@ class Engine:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
         if max(ids) >= (self._config.vocab_size or 0):
             raise ConfigError(f"prompt: token {max(ids)} has no embedding in this model; leave it out")
+        room = max(context - params.max_new_tokens, 1)
+        if params.truncate != "no" and len(ids) > room:
+            bos = self._tokenizer.bos_ids
+            first = len(bos) if ids[: len(bos)] == bos else 0  # what begins a text stays
+            ids = ids[:first] + ids[first + len(ids) - room :] if params.truncate == "left" else ids[:room]
+            self.truncated += 1
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
         if params.top_k > vocabulary:

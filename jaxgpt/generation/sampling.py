@@ -8,7 +8,7 @@ Letters: B slots, V vocabulary, S places of a text, E end ids, N biased ids."""
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ class SamplingParams(Section):
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), at most 300.
     seed: int = 0  # Random numbers come from it, the number of the sample and the position alone.
     num_samples: int = 1  # Samples of the prompt.
+    # Of a prompt that leaves no room for max_new_tokens in the context, keep its end (left) or its beginning (right).
+    truncate: Literal["no", "left", "right"] = "no"
     stop: tuple[str, ...] = ()  # Texts that end a completion, which goes up to where one begins.
     stop_token_ids: tuple[int, ...] = ()  # Tokens that end a completion, beside the model's own.
     min_new_tokens: int = 0  # No token ends a completion before this many.

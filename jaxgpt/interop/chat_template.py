@@ -73,8 +73,10 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
         raise Refusal(str(message)[:1000])
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # Jinja's own filter escapes what HTML would.
-    jinja.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
+    # Jinja's own filter escapes what HTML would; more of json.dumps would let a template call functions.
+    jinja.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
     jinja.globals["raise_exception"] = raise_exception
     jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     # Jinja imports some modules, and Python this codec, when a template asks for them: nothing can be opened then.

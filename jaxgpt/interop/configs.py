@@ -72,7 +72,10 @@ def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
     with _reading(where):
         hf = family.defaults | _flat(hf)
         if hf["rope_type"] in ("longrope", "su"):
-            hf = _usual_longrope(hf) | hf
+            original = hf["original_max_position_embeddings"]
+            factor = hf.get("factor", hf["max_position_embeddings"] / original)
+            usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            hf = {"factor": factor, "attention_factor": usual} | hf
         config = _model_config(hf, family, where)
         if config.vocab_size is None:
             raise ValueError("there is no vocab_size")
@@ -98,13 +101,6 @@ def _flat(hf: Json) -> Json:
     if hf.get("original_max_position_embeddings"):  # which Phi-3 has there, and which counts
         rope.pop("original_max_position_embeddings", None)
     return hf | rope | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
-
-
-def _usual_longrope(hf: Json) -> Json:
-    original = hf["original_max_position_embeddings"]
-    factor = hf.get("factor", hf["max_position_embeddings"] / original)
-    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return {"factor": factor, "attention_factor": usual}
 
 
 def _model_config(hf: Json, family: Family, where: str) -> ModelConfig:

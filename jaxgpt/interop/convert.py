@@ -4,7 +4,6 @@ A target appears whole or not at all: it is written beside and renamed when it i
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import CheckpointConfig, TokenizerConfig, TrainConfig, TrainingConfig
-from jaxgpt.errors import ConfigError, JaxgptError
+from jaxgpt.errors import ConfigError, JaxgptError, note
 from jaxgpt.files import sync, write_atomically
 from jaxgpt.interop.configs import write_config, write_gguf_config
 from jaxgpt.interop.gguf import write_gguf
@@ -92,8 +91,7 @@ def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
     kinds |= dict.fromkeys(kept, "BF16")
     write_gguf(path, metadata, ((name, each.shape, kinds[name], each.read) for name, each in tensors.items()))
     if kept:
-        what = f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}"
-        print(f"jaxgpt: {what}", file=sys.stderr)
+        note(f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}")
 
 
 class Agreement(NamedTuple):

@@ -1,14 +1,13 @@
 """Any model that jaxgpt can read: a run directory, a Hugging Face directory, or a .gguf file."""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import jax
 
-from jaxgpt.errors import BadFileError
+from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import read_json
 from jaxgpt.generation.engine import for_decoding
 from jaxgpt.interop.configs import read_config, read_gguf_config
@@ -40,7 +39,7 @@ def load_model(
     if (more := tokenizer.vocab_size - (model.config.vocab_size or 0)) > 0:
         if more > 1000:
             raise BadFileError(f"model {path}: {more} tokens of its tokenizer have no embedding; take the one it had")
-        print(f"jaxgpt: {path}: {more} tokens of its tokenizer have no embedding", file=sys.stderr)
+        note(f"{path}: {more} tokens of its tokenizer have no embedding")
     return TrainedModel(model.config, tokenizer, model, family)
 
 
@@ -52,7 +51,7 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
     config = replace(layout.config, dtype=dtype or "float32")
     if config.rope_scaling == "longrope":
         short = f"texts of up to {config.rope_original_context} tokens"
-        print(f"jaxgpt: {path}: {short} take the short rotary factors, longer ones the long", file=sys.stderr)
+        note(f"{path}: {short} take the short rotary factors, longer ones the long")
 
     def skeleton() -> Transformer:
         model = Transformer(config, jax.random.key(0))

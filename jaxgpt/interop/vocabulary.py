@@ -1,10 +1,9 @@
 """Tokenizers out of GGUF and into it, and for the directories that transformers reads."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.errors import BadFileError, ConfigError, note
 from jaxgpt.files import write_atomically
 from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, reading
@@ -78,7 +77,7 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> Json:
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     ids |= dict(zip(("eot", "eom"), tokenizer.end_ids[1:], strict=False))
     if len(tokenizer.end_ids) > 3:
-        print(f"jaxgpt: GGUF keeps 3 of {len(tokenizer.end_ids)} tokens that end a text", file=sys.stderr)
+        note(f"GGUF keeps 3 of {len(tokenizer.end_ids)} tokens that end a text")
     own |= {"add_bos_token": bool(tokenizer.bos_ids), **{f"{name}_token_id": token for name, token in ids.items()}}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
     if tokenizer.chat_template:
@@ -139,7 +138,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         if _alike(tokenizer, JsonTokenizer(found, tokenizer.where, tokenizer.settings())):
             write_atomically(directory / "tokenizer.json", found)
         else:
-            print(f"jaxgpt: {tokenizer.where}: no tokenizer.json cuts as it does, so there is none", file=sys.stderr)
+            note(f"{tokenizer.where}: no tokenizer.json cuts as it does, so there is none")
 
 
 def _json_of(tokenizer: SentencePieceTokenizer) -> bytes:

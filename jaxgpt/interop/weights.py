@@ -7,7 +7,6 @@ and goes to its devices in parts, so the host holds one at a time and no device 
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxgpt.errors import BadFileError
+from jaxgpt.errors import BadFileError, note
 from jaxgpt.interop.families import Family, Row
 from jaxgpt.interop.stored import StoredTensor, aligned
 from jaxgpt.model import Transformer, axis_sizes, parameter_name
@@ -136,7 +135,7 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
     if unused:
-        print(f"jaxgpt: {where}: {len(unused)} tensors are computed here, such as {unused[0]!r}", file=sys.stderr)
+        note(f"{where}: {len(unused)} tensors are computed here, such as {unused[0]!r}")
     unknown = left.keys() - {*unused, *["rope_freqs.weight"] * layout.gguf}
     if unknown:
         what = f"{len(unknown)} tensors are unknown to {layout.family.model_type}, such as {min(unknown)!r}"

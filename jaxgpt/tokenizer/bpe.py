@@ -1,14 +1,13 @@
 """tokenizer.json files, through the `tokenizers` library, and how one is made of tokens and merges."""
 
 import json
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
-from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.errors import BadFileError, ConfigError, note
 from jaxgpt.files import read_json
 from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer, spelt
 
@@ -66,7 +65,7 @@ class JsonTokenizer(Tokenizer):
         if forged := [name for name, i in self.special_tokens.items() if i in self.encode(name)]:
             raise BadFileError(f"{self.where} reads {forged[0]!r} in any text as that special token; take another one")
         if not self.byte_level and not self.spells_all:
-            print(f"jaxgpt: {self.where}: characters that it does not know are lost", file=sys.stderr)
+            note(f"{self.where}: characters that it does not know are lost")
 
     def parsed(self) -> Settings:
         """The tokenizer.json with every setting written out, also those that the file leaves to the library."""
@@ -76,7 +75,7 @@ class JsonTokenizer(Tokenizer):
         if alpha > 0:
             raise ConfigError(f"{self.where}: sampling_alpha is only for SentencePiece models; leave it at 0")
         if self._missing and (lost := self._missing.intersection("".join(texts).encode())):
-            print(f"jaxgpt: {self.where} has no token for bytes {bytes(lost).hex(' ')}: left out", file=sys.stderr)
+            note(f"{self.where} has no token for bytes {bytes(lost).hex(' ')}: left out")
             self._missing -= lost  # said once
         self._model.encode_special_tokens = not special
         found = self._model.encode_batch_fast(texts, add_special_tokens=False)  # on as many cores as the library wants

@@ -74,7 +74,12 @@ def test_each_bad_line_is_an_error_of_its_own(job: Callable[..., Any]) -> None:
     good = answers[1::2]
     assert [answer["id"] for answer in good] == list(range(2, len(lines) + 1, 2))
     assert {answer["text"] for answer in good} == {good[0]["text"]} and good[0]["text"]
-    assert f"{len(BAD)} errors" in outcome.err
+    assert f"{len(BAD)} errors, 0 truncated" in outcome.err
+
+
+def test_long_prompts_are_cut_where_that_is_asked_for(job: Callable[..., Any]) -> None:
+    outcome, (cut, _) = job([{"prompt": "x " * 300, "truncate": "left"}, "x"])
+    assert "0 errors, 1 truncated" in outcome.err and cut["prompt_tokens"] == 64 - 9 and cut["completion_tokens"] <= 9
 
 
 def test_answers_say_all_that_was_asked_for(job: Callable[..., Any]) -> None:

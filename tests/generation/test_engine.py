@@ -226,6 +226,13 @@ def test_the_context_can_be_filled_but_not_exceeded(mesh_of: Callable[..., Any],
         ):
             with pytest.raises(ConfigError, match=message):
                 engine.generate([prompt], params)
+        ids, room = tokenizer.encode(full, bos=True), 96 - GREEDY.max_new_tokens
+        for side, wanted in (("left", [ids[0], *ids[1 - room :]]), ("right", ids[:room])):
+            (cut,) = engine.generate([full], replace(GREEDY, truncate=side))
+            assert cut == engine.generate([wanted], GREEDY)[0] and cut.prompt_tokens == room
+        assert engine.truncated == 2
+        engine.generate(["x"], replace(GREEDY, truncate="left"))
+        assert engine.truncated == 2, "there was room"
 
 
 def test_other_settings_run_the_same_program(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
