@@ -133,7 +133,7 @@ class Generate(Compute):
             engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples)
             room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
             if engine.truncated:
-                note(f"the prompt is {self.sampling.max_new_tokens - room} tokens too long: truncated")
+                note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
             elif room < self.sampling.max_new_tokens:
                 note(f"{room} tokens of the context are left, so it ends there at the latest")
             _print_samples(pieces, self.prompt, self.sampling.num_samples)

@@ -406,6 +406,13 @@ def test_a_mistake_in_generation_is_one_line(
         assert content(run.run_path) == before
 
 
+def test_a_prompt_that_is_too_long_is_cut_and_that_is_said(command: Callable[..., Any], finished: Path) -> None:
+    words = ("generate.py", "--checkpoint", str(finished), "--max-new-tokens", "5", "--prompt", "x" * 70)
+    cut, whole = command(*words, "--truncate", "left"), command(*words, "--truncate", "no")
+    assert cut.status == 0 and "the prompt leaves room for 0 tokens: truncated on the left" in cut.err
+    assert whole.status == 2
+
+
 def test_a_misspelt_allowed_change_is_named(command: Callable[..., Any], run: TrainConfig) -> None:
     refused = command("train.py", run, "--training.steps", "30", "--allow-change", "training.step")
     assert refused.status == 2

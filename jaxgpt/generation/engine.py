@@ -147,7 +147,7 @@ class Engine:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
         if max(ids) >= (self._config.vocab_size or 0):
             raise ConfigError(f"prompt: token {max(ids)} has no embedding in this model; leave it out")
-        room = max(context - params.max_new_tokens, 1)
+        room = max(context - params.max_new_tokens, context // 2)
         if params.truncate != "no" and len(ids) > room:
             bos = self._tokenizer.bos_ids
             first = len(bos) if ids[: len(bos)] == bos else 0  # what begins a text stays

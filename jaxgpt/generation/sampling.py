@@ -39,7 +39,7 @@ class SamplingParams(Section):
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), at most 300.
     seed: int = 0  # Random numbers come from it, the number of the sample and the position alone.
     num_samples: int = 1  # Samples of the prompt.
-    # Of a prompt that leaves no room for max_new_tokens in the context, keep its end (left) or its beginning (right).
+    # Cut a prompt that leaves no room for max_new_tokens, on the left or right, to half the context at the least.
     truncate: Literal["no", "left", "right"] = "no"
     stop: tuple[str, ...] = ()  # Texts that end a completion, which goes up to where one begins.
     stop_token_ids: tuple[int, ...] = ()  # Tokens that end a completion, beside the model's own.

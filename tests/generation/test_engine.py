@@ -233,6 +233,8 @@ def test_the_context_can_be_filled_but_not_exceeded(mesh_of: Callable[..., Any],
         assert engine.truncated == 2
         engine.generate(["x"], replace(GREEDY, truncate="left"))
         assert engine.truncated == 2, "there was room"
+        (half,) = engine.generate([full], replace(GREEDY, truncate="left", max_new_tokens=1000))
+        assert half.prompt_tokens == 48, "half the context is the prompt's"
 
 
 def test_other_settings_run_the_same_program(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
