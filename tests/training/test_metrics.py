@@ -241,7 +241,7 @@ def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         raw = reading.result()
     assert "\x1b[?25l" in raw and raw.rstrip().endswith("\x1b[?25h"), "the cursor is hidden, and comes back"
     frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw).replace("\r", "\n").splitlines()
-    bars = [line for line in frames if line.startswith("training ") and "━" in line]
+    bars = [line for line in frames if line.startswith("step ") and "━" in line]
     assert bars[-1].endswith(" 6/20 loss 5.9000  1,234 tokens/s  MFU 5.0 %  0:07 left")
     assert any(line.startswith("step 5/20  held-out loss 6.2000") for line in frames)
     assert not any(line.startswith("step 6/20") for line in frames), "the bar says it"
