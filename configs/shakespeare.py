@@ -6,7 +6,7 @@ import jaxgpt.config as c
 def config() -> c.TrainConfig:
     return c.TrainConfig(
         name="shakespeare",
-        model=c.ModelConfig(n_layers=6, d_model=384, n_heads=6, context_length=256, dropout=0.1),
+        model=c.ModelConfig(n_layers=6, d_model=384, n_heads=6, context_length=256, dropout=0.1, scan_layers=False),
         tokenizer=c.TokenizerConfig(vocab_size=2048),
         data=c.DataConfig(paths=("@shakespeare",), val_fraction=0.05),
         optimizer=c.OptimizerConfig(peak_lr=1e-3, warmup_steps=50),

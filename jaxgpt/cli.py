@@ -96,13 +96,11 @@ class Compute:
         """The TrainedModel at `path`, on a mesh that is set meanwhile. Raises what `load_model` raises."""
         import jax
 
-        from jaxgpt.interop.load import load_model, model_config
+        from jaxgpt.interop.load import load_model
         from jaxgpt.programs import kept_programs
-        from jaxgpt.sharding import check_divides, make_mesh
+        from jaxgpt.sharding import make_mesh
 
-        mesh = make_mesh(self.mesh, jax.devices()[: self.mesh.size])
-        check_divides(mesh, model_config(path))
-        with jax.set_mesh(mesh), kept_programs():
+        with jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])), kept_programs():
             yield load_model(path, step=step, dtype=self.dtype)
 
 

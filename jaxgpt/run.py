@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.checkpoint import restore_model
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import BadFileError, ConfigError, nearest
 from jaxgpt.files import write_atomically
 from jaxgpt.model import Transformer
 from jaxgpt.presets import differences, flatten, from_json, to_json
+from jaxgpt.sharding import check_divides
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_DIFFER = (
@@ -79,8 +79,11 @@ class TrainedModel:
 
 def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:
     """The newest intact checkpoint of a run, or that of `step`, on the current mesh. Raises BadFileError when the
-    directory is no run, is damaged or holds no checkpoint."""
+    directory is no run, is damaged or holds no checkpoint, ConfigError where the mesh cannot cut the model."""
     config = read_config(run_dir).model
+    check_divides(jax.sharding.get_mesh(), config)
+    from jaxgpt.checkpoint import restore_model  # Orbax takes 0.2 s, which other people's models do without
+
     tokenizer = load_tokenizer(run_dir)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
     _, model, metadata = restore_model(run_dir, abstract, step)

@@ -117,8 +117,8 @@ def _joined(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:], out_sharding=jax.P(first, *rest))
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="slots")
-def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, steps: int) -> Slots:
+@functools.partial(jax.jit, donate_argnames="slots")
+def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, steps: Array) -> Slots:
     """Append up to `steps` tokens to each text that is not complete; fewer once `enough` more texts are. `stopped_B`
     marks those that the host has found complete, for example by a stop text."""
 

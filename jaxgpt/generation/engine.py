@@ -179,7 +179,8 @@ class Engine:
             slots = self._fill(self._fit(slots, texts), new)
             enough = len(texts) if exhausted else self._parts
             stopped = self._put(np.array([slot not in texts for slot in range(self._slots)]), "B")
-            slots = decode(self._model, slots, stopped, enough, STEPS_PER_DISPATCH)
+            steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
+            slots = decode(self._model, slots, stopped, enough, steps)
             yield from unseen  # while the device computes
             told = (slots.tokens_BS, slots.lengths_B, slots.done_B, slots.failed_B, slots.steps)
             tokens_BS, lengths, done, failed, steps = jax.device_get(told)

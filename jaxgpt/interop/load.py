@@ -17,9 +17,8 @@ from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.vocabulary import open_tokenizer
 from jaxgpt.interop.weights import Layout, check_tensors, load_parameters
 from jaxgpt.model import Transformer
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.run import TrainedModel, load_run
-from jaxgpt.run import read_config as read_run
+from jaxgpt.sharding import check_divides
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -30,7 +29,8 @@ def load_model(
     """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`. Parameters
     are ready for decoding: each layer has arrays of its own, matrices in the compute dtype. `for_training` stacks the
     layers and keeps float32. `dtype` is that of the arithmetic; a foreign model has float32 by default. Raises
-    BadFileError for a file that is damaged, hostile, or holds what is not implemented."""
+    BadFileError for a file that is damaged, hostile, or holds what is not implemented, ConfigError where the mesh
+    cannot cut the model."""
     if _is_run(path):
         trained = load_run(path, step)
         return trained if for_training else replace(trained, model=for_decoding(trained.model))
@@ -49,6 +49,7 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
     layout, tensors = open_model(path)
     check_tensors(layout, tensors, where)
     config = replace(layout.config, dtype=dtype or "float32")
+    check_divides(jax.sharding.get_mesh(), config)
     if config.rope_scaling == "longrope":
         short = f"texts of up to {config.rope_original_context} tokens"
         note(f"{path}: {short} take the short rotary factors, longer ones the long")
@@ -81,11 +82,6 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
         twice = next(name for name in tensors if prefix + name in tensors)
         raise BadFileError(f"{where}: tensor {twice!r} is there with and without {prefix!r}; restore the file")
     return layout, named
-
-
-def model_config(path: Path) -> ModelConfig:
-    """The configuration of any model, without reading its parameters."""
-    return read_run(path).model if _is_run(path) else open_model(path)[0].config
 
 
 def _is_run(path: Path) -> bool:

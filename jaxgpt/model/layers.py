@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgpt.kernels.attention import attention
+from jaxgpt.kernels.attention import attention, causal_attention
 from jaxgpt.kernels.experts import mixture, route, router_losses
 from jaxgpt.model.rotary import Rotation, rotate
 from jaxgpt.model_config import ModelConfig
@@ -140,13 +140,11 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         if rotation is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
-        if cache is not None:
-            write = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
-            k_BSGK, v_BSGK = (write(old, positions_BT, new) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
-            cache = (k_BSGK, v_BSGK)
-        else:
-            k_BSGK, v_BSGK = k_BTGK, v_BTGK
-        return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), cache
+        if cache is None:
+            return self.output(causal_attention(q_BTHK, k_BTGK, v_BTGK, mask_BTS, self.softcap, self.scale)), None
+        write = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
+        k_BSGK, v_BSGK = (write(old, positions_BT, new) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
+        return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), (k_BSGK, v_BSGK)
 
 
 class FeedForward(nnx.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json
 from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, reading
-from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer, gpt2_json
+from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "train_tokenizer",
 ]  # fmt: skip
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # looked for in this order
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # looked for in this order
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """A .model file, a tokenizer.json, or a directory with one of them (or GPT-2's vocab.json and merges.txt). Raises
-    BadFileError when it is missing or no usable model."""
+    """A .model file, a tokenizer.json, or a directory with one of them. Raises BadFileError when it is missing or no
+    usable model."""
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).exists()), path / "tokenizer.model")
@@ -34,9 +34,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if path.stat().st_size > MAX_BYTES:
         raise BadFileError(f"{where} is larger than {MAX_BYTES} bytes; restore the file")
     with reading(where):
-        content = gpt2_json(path) if path.name == "vocab.json" else path.read_bytes()
         of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-        return of_kind(content, where, _read_settings(path.parent))
+        return of_kind(path.read_bytes(), where, _read_settings(path.parent))
 
 
 def _read_settings(directory: Path) -> Settings:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from jaxgpt.errors import BadFileError, ConfigError, note
-from jaxgpt.files import read_json
 from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer, spelt
 
 MAX_BYTES = 256 * 2**20
@@ -125,13 +124,3 @@ def tokenizer_json(ids: dict[str, int], kinds: dict[str, int], bos: str | None, 
         template = {"type": "TemplateProcessing", "single": begin, "pair": pair, "special_tokens": special}
         parts["post_processor"] = template
     return json.dumps({"version": "1.0", "added_tokens": added, "model": model, **parts}, ensure_ascii=False).encode()
-
-
-def gpt2_json(vocab: Path) -> bytes:
-    ids = read_json(vocab, MAX_BYTES)
-    try:
-        lines = vocab.with_name("merges.txt").read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFileError(f"tokenizer {vocab}: merges.txt beside it is unreadable ({error}); restore it") from None
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return byte_level_json(ids, {"<|endoftext|>": Kind.CONTROL}, None, merges, CUTTINGS["gpt-2"])

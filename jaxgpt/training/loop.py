@@ -30,8 +30,7 @@ from jaxgpt.roofline import forward_flops_per_token, peak_flops
 from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_run
 from jaxgpt.sharding import check_divides, make_mesh, place_batch
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.training.evaluation import evaluate, gzip_bits_per_byte
-from jaxgpt.training.metrics import Display, MetricsLog, Record
+from jaxgpt.training.metrics import Display, MetricsLog, Record, evaluate, gzip_bits_per_byte
 from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
 
 

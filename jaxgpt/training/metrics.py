@@ -1,22 +1,33 @@
-"""Records of a run: `metrics.jsonl`, TensorBoard and W&B for machines, a live bar or plain lines for people."""
+"""Measurements of a run, and their records: `metrics.jsonl`, TensorBoard and W&B for machines, a live bar or plain
+lines for people. Held-out text is measured in loss a token, and in bits per byte, which no tokenizer can flatter."""
 
 import contextlib
 import json
+import math
 import os
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax import Array
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxgpt.config import TrainConfig
+from jaxgpt.data.loader import EvalWindows
+from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.files import append, write_atomically
+from jaxgpt.model import Transformer
 from jaxgpt.progress import Bar, clock
+from jaxgpt.sharding import place_batch
+from jaxgpt.tokenizer import Tokenizer
 
 Record = dict[str, Any]
 
@@ -108,3 +119,45 @@ class Display(Bar):
         beside = "" if gzip_bits is None else f"  (gzip -9: {gzip_bits:.3f})"
         loss = f"held-out loss {record['val_loss']:.4f}"
         self.say(f"step {record['step']}/{self._total}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")
+
+
+def evaluate(
+    eval_step: jax.stages.Wrapped,
+    model: Transformer,
+    windows: EvalWindows,
+    tokenizer: Tokenizer,
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so. The bits are
+    those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over
+    windows, which are taken as independent (Cochran, Sampling Techniques, 2.11)."""
+    lengths = np.array([len(raw) for raw in tokenizer.token_bytes])
+    nats: list[Array | np.ndarray] = []
+    token_counts, byte_counts = [], []
+    for index in range(len(windows)):
+        if stop():
+            return None
+        batch = windows[index]
+        real = batch.labels >= 0
+        token_counts.append(real.sum(1))
+        byte_counts.append(np.where(real, lengths[batch.labels], 0).sum(1))
+        if nats:
+            nats[-1] = np.asarray(nats[-1], np.float64)  # the one before, while this one runs
+        nats.append(eval_step(model, place_batch(batch)))
+    nats_of_row = np.concatenate([np.asarray(row, np.float64) for row in nats])
+    bytes_of_row = np.concatenate(byte_counts)
+    rows = np.count_nonzero(bytes_of_row)
+    bits = nats_of_row.sum() / math.log(2) / bytes_of_row.sum()
+    spread = np.square(nats_of_row / math.log(2) - bits * bytes_of_row).sum() * rows / max(rows - 1, 1)
+    return {
+        "val_loss": float(nats_of_row.sum() / np.concatenate(token_counts).sum()),
+        "val_bits_per_byte": float(bits),
+        "val_bits_per_byte_se": float(math.sqrt(spread) / bytes_of_row.sum()),
+    }
+
+
+def gzip_bits_per_byte(corpora: list[Corpus]) -> float | None:
+    """What `gzip -9` needs for the same held-out text; None when it is not known."""
+    if not all(corpus.val_bytes for corpus in corpora):
+        return None
+    return 8 * sum(corpus.val_gzip_bytes for corpus in corpora) / sum(corpus.val_bytes for corpus in corpora)

@@ -256,19 +256,6 @@ def test_the_files_beside_a_tokenizer_say_what_ends_a_text(tmp_path: Path) -> No
         load(config={"eos_token_id": [0, 999]})
 
 
-def test_gpt2_has_two_files(tmp_path: Path) -> None:
-    built = _byte_level()
-    vocab = {**built["model"]["vocab"], "<|endoftext|>": 300}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(BadFileError, match=r"merges\.txt beside it is unreadable"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(built["model"]["merges"]) + "\n")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 300}')
-    ours = load_tokenizer(tmp_path)
-    assert [piece for piece, _, _ in ours.rows("in the 1212")] == ["in", "Ġ", "the", "Ġ", "12", "12"]
-    assert (ours.end_ids, ours.bos_ids, ours.special_tokens) == ((300,), [], {"<|endoftext|>": 300})
-
-
 def test_what_training_left_in_a_tokenizer_json_changes_no_text() -> None:
     built = _byte_level()
     built["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.kernels.attention import attention, attention_mask
+from jaxgpt.kernels.attention import attention, attention_mask, causal_attention
 from jaxgpt.sharding import shard
 
 B, T, S, H, K = 2, 5, 7, 4, 6
@@ -77,6 +77,43 @@ def test_huge_scores_stay_finite() -> None:
     assert np.isfinite(value) and np.isfinite(grads).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("length", "blocks"), [(5, 1), (128, 1), (300, 3), (1100, 8)])
+def test_blocks_of_queries_match_the_plain_form(length: int, blocks: int, dtype: str) -> None:
+    """In values and gradients, with packed documents, a window, grouped heads and a soft-cap; lengths that divide into
+    no blocks too. The products are as many as there are blocks, and each leaves out the keys behind its end."""
+    rng = np.random.default_rng(length)
+    shapes = [(2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8)]
+    *given, pull_BTHK = (jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes)
+    places, documents = (
+        jnp.arange(length)[None].repeat(2, 0),
+        jnp.asarray(rng.integers(0, 9, (2, length))).cumsum(1) // 99,
+    )
+    mask_BTT = attention_mask(places, places, (documents, documents), length // 2)
+
+    def run(form: Callable) -> Callable:
+        return jax.jit(lambda *qkv: jax.vjp(lambda *qkv: form(*qkv, mask_BTT, 1.5, 0.3), *qkv)[1](pull_BTHK))
+
+    small = 1e-5 if dtype == "float32" else 0.1
+    for form in (lambda form: jax.jit(lambda *qkv: form(*qkv, mask_BTT, 1.5, 0.3)), run):
+        for one, other in zip(
+            *map(jax.tree.leaves, (form(causal_attention)(*given), form(attention)(*given))), strict=True
+        ):
+            assert one.dtype == jnp.dtype(dtype)
+            np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=0, atol=small)
+    program = str(jax.make_jaxpr(lambda *qkv: causal_attention(*qkv, mask_BTT, None, None))(*given))
+    assert program.count("dot_general") == 2 * blocks
+    assert (f"[2,2,2,{length},{length}]" in program) == (blocks == 1)
+
+
+def test_gradients_keep_no_scores() -> None:
+    """What is saved for the backward pass are inputs."""
+    given = [jnp.ones((1, 256, 2, 8)) for _ in range(3)]
+    mask_BTT = jnp.tril(jnp.ones((1, 256, 256), bool))
+    _, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, mask_BTT, None, None), *given)
+    assert max(leaf.size for leaf in jax.tree.leaves(pull) if leaf.dtype != bool) == 256 * 2 * 8
+
+
 def slow_mask(
     q_positions: np.ndarray, k_positions: np.ndarray, segments: tuple[np.ndarray, np.ndarray] | None, window: int
 ) -> np.ndarray:
@@ -102,13 +139,19 @@ def test_the_mask_matches_a_slow_reference(packed: bool, window: int) -> None:
         np.testing.assert_array_equal(mask_BTS, expected)
 
 
-def test_heads_cut_over_devices_change_nothing(mesh_of: Callable) -> None:
+@pytest.mark.parametrize("form", [attention, causal_attention])
+def test_heads_cut_over_devices_change_nothing(form: Callable, mesh_of: Callable) -> None:
     """Four query heads and two key/value heads over tensor = 2, the batch over data = 2."""
-    arrays, mask_BTS = inputs(2)
+    if form is attention:
+        arrays, mask_BTS = inputs(2)
+    else:
+        rng = np.random.default_rng(0)
+        arrays = [rng.standard_normal((2, 200, heads, K)) for heads in (4, 2, 2)]
+        mask_BTS = np.tril(np.ones((2, 200, 200), bool))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple:
         q, k, v = shard(q, "BTHK"), shard(k, "BSGK"), shard(v, "BSGK")
-        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, shard(mask, "BTS"), 1.5), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: form(q, k, v, shard(mask, "BTS"), 1.5, 0.4), q, k, v)
         return out, vjp(out)
 
     given = [jnp.asarray(a, jnp.float32) for a in arrays] + [jnp.asarray(mask_BTS)]

@@ -21,7 +21,7 @@ from jaxgpt.data.shards import Corpus
 from jaxgpt.model import Transformer
 from jaxgpt.run import load_run, read_config
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.training.evaluation import evaluate, gzip_bits_per_byte
+from jaxgpt.training.metrics import evaluate, gzip_bits_per_byte
 from jaxgpt.training.step import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
