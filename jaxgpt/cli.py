@@ -115,20 +115,23 @@ class Generate(Compute):
     format: Literal["jsonl", "text"] = "jsonl"  # What the lines of the input are: JSON, or the prompts themselves.
     shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
     slots: int = 8  # Lines that are answered at the same time. The answers do not depend on it from 8 on.
+    # Tokens to guess at a time from what a text repeats: fewer passes, the same but for rounding (try 7).
+    speculate: int = 0
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
     def run(self) -> None:
         if (self.input is None) != (self.output is None) or (self.input and self.prompt):
             raise ConfigError("generate: give --prompt, or --input with --output")
-        if not 1 <= self.slots <= 4096:
-            raise ConfigError(f"slots is {self.slots}: it must be between 1 and 4096")
+        for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be between {least} and {most}")
         from jaxgpt.generation.engine import Engine
 
         if self.input and self.output:
             return self._answer(self.input, self.output)
         with self.load(self.checkpoint, self.step) as trained:
-            engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples)
+            engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples, speculate=self.speculate)
             room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
             if engine.truncated:
                 note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
@@ -148,8 +151,9 @@ class Generate(Compute):
         job = Job(source, target, self.sampling, is_text=self.format == "text", shard=of)
         with self.load(self.checkpoint, self.step) as trained:
             tokenizer = trained.tokenizer
-            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)}"
-            job.run(Engine(trained.model, tokenizer, self.slots), lambda said: encode_chat(tokenizer, said), model)
+            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)} {self.speculate}"
+            engine = Engine(trained.model, tokenizer, self.slots, self.speculate)
+            job.run(engine, lambda said: encode_chat(tokenizer, said), model)
 
 
 def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:

@@ -19,8 +19,6 @@ _UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}  # 
 class TokenizerConfig(Section):
     """A SentencePiece model: an existing one, or how to train one on the corpus."""
 
-    section = "tokenizer."
-
     path: str | None = None  # An existing SentencePiece .model file; nothing is trained then.
     kind: Literal["bpe", "unigram"] = "bpe"  # Algorithm of the tokenizer that is trained.
     vocab_size: int = 4096  # Pieces of the trained tokenizer, special tokens and 256 bytes included.
@@ -39,8 +37,6 @@ class TokenizerConfig(Section):
 @dataclass(frozen=True)
 class DataConfig(Section):
     """Where the text comes from and how it becomes batches."""
-
-    section = "data."
 
     # Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory;
     # or @python (this interpreter's standard library) or @shakespeare (38 plays).
@@ -68,8 +64,6 @@ class DataConfig(Section):
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
     """The update rule (Optax), its learning-rate schedule, and what keeps it stable."""
-
-    section = "optimizer."
 
     # Update rule. muon orthogonalises the matrices' momentum (beta1 0.95 is usual); all else takes AdamW.
     # adafactor has no betas and no epsilon of its own, lion no epsilon.
@@ -100,8 +94,6 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The loop: how long, how much at a time, what is reported."""
 
-    section = "training."
-
     steps: int = 1000  # Optimizer updates.
     batch_size: int = 32  # Sequences in one update, over all devices.
     # Parts that a batch is cut into when it does not fit; the result is that of the whole batch.
@@ -127,8 +119,6 @@ class TrainingConfig(Section):
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
     """When the state is saved and which saves stay."""
-
-    section = "checkpoint."
 
     every: int = 250  # Steps between saves; the last step is always saved.
     keep_last: int = 2  # Newest checkpoints that stay.

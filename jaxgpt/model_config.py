@@ -24,7 +24,10 @@ class Section:
     """What the sections of a configuration have in common."""
 
     __pydantic_config__: ClassVar[dict] = {"extra": "forbid"}
-    section: ClassVar[str] = ""  # what its fields are called by before their names
+    section: ClassVar[str]  # what its fields are called by before their names: `data.` in DataConfig
+
+    def __init_subclass__(cls) -> None:
+        cls.section = cls.__name__.removesuffix("Config").lower() + "." if cls.__name__.endswith("Config") else ""
 
     def __post_init__(self) -> None:
         """Numbers are within bounds.toml, and Literal fields hold one of their words: elsewhere a misspelt
@@ -47,8 +50,6 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """One decoder-only transformer; the defaults are GPT-2's choices."""
-
-    section = "model."
 
     n_layers: int = 12  # Number of transformer blocks (L).
     d_model: int = 768  # Width of the residual stream (D).

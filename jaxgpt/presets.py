@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -61,11 +60,7 @@ def load_preset(name: str) -> TrainConfig:
     except JaxgptError:
         raise
     except Exception as error:  # the user's own code; the usual mistake is a field that does not exist
-        # Newer Pythons propose a name themselves.
-        wrong = re.search(r"unexpected keyword argument '(\w+)'$", str(error))
-        near = nearest(wrong[1], {key.rpartition(".")[2] for key in flatten(TrainConfig())}) if wrong else ""
-        what = f"{type(error).__name__}: {error}{near}"
-        raise ConfigError(f"configuration {name}: {what}; mend it, --debug shows where") from error
+        raise ConfigError(f"configuration {name}: {type(error).__name__}: {error}; --debug shows where") from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"configuration {name}: it must define a function config() that returns a TrainConfig")
     return config

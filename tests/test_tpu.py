@@ -81,10 +81,10 @@ def abstract_slots(config: ModelConfig) -> Slots:
     return abstract(lambda: empty_slots(config, ROWS, config.context_length))
 
 
-def abstract_chosen() -> tuple[jax.Array, jax.Array]:
-    """The slots that are filled together, PROMPTS in each part, and which chunk of their prompts."""
+def abstract_chosen() -> tuple[jax.Array, ...]:
+    """The slots that are filled, one in each part, whom they take the beginning from, and where they go on."""
     parts = batch_parts()
-    return abstract(lambda: (shard(jnp.zeros((parts, PROMPTS), jnp.int32), "B_"), jnp.int32(0)))
+    return abstract(lambda: tuple(shard(jnp.zeros(parts, jnp.int32), "B") for _ in range(3)))
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
     config, cut = configuration(preset).model, cut_axis(mesh)
     with jax.set_mesh(make_mesh(mesh, chips("v5e:2x2"))):
         model = abstract(lambda: Transformer(config, jax.random.key(0)).unstacked())
-        slots, (chosen, start) = abstract_slots(config), abstract_chosen()
-        filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, chosen, start, CHUNK))
+        slots = abstract_slots(config)
+        filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, *abstract_chosen(), CHUNK))
         stopped, enough = slots.done_B, abstract(lambda: jnp.int32(0))
         program = compile_and_note(
             preset, mesh, "decode", decode.lower(model, slots, stopped, enough, STEPS_PER_DISPATCH)

@@ -30,7 +30,6 @@ MOST_CHARACTERS = 2**20  # SentencePiece needs about 100 bytes of memory for eac
 LONGEST_LINE = 64 * 2**20  # bytes in one line of JSON
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 BUILTINS = ("@python", "@shakespeare")
-TOPICS = "pydoc_data.topics"  # the language reference: one dictionary in a module
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _MACHINE_FILES = re.compile(r"(^|/)(_sysconfigdata|config-)")  # differ from machine to machine
 
@@ -84,8 +83,7 @@ def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
 def _find(path: str, cache_dir: Path) -> list[Source]:
     if path == "@python":
         found = _walk(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY, (".py",))
-        named = (Source(each.path, TOPICS if each.name == "pydoc_data/topics.py" else each.name) for each in found)
-        return [source for source in named if not _MACHINE_FILES.search(source.name)]
+        return [source for source in found if not _MACHINE_FILES.search(source.name)]
     if path == "@shakespeare":
         return _walk(_shakespeare(cache_dir / "shakespeare"))
     if path.startswith("@"):
@@ -152,11 +150,7 @@ def read_documents(sources: Iterable[Source], config: DataConfig, problems: Prob
 
 
 def _texts(source: Source, config: DataConfig, problems: Problems) -> Iterator[tuple[str, Iterable[str]]]:
-    if source.name == TOPICS:
-        from pydoc_data.topics import topics
-
-        yield from ((f"{TOPICS}:{topic}", [text]) for topic, text in sorted(topics.items()))
-    elif source.name.endswith((".jsonl", ".jsonl.gz")):
+    if source.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _json_lines(source, config.text_key, problems)
     elif source.name.endswith(".parquet"):
         yield from _parquet_rows(source, config.text_key, problems)

@@ -70,7 +70,8 @@ class Job:
                     note(f"going on after {before} of {last - first} lines")
                 errors = _answer_lines(self, engine, encode_chat, output, range(first, last))
                 output.finish()
-                note(f"{last - first - before} lines answered now, {errors} errors, {engine.truncated} truncated")
+                figures = f"{errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
+                note(f"{last - first - before} lines answered now, {figures}")
             note(f"{self.output} is complete")
 
 
@@ -149,7 +150,7 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 due = (now := time.monotonic()) - said > _REPORT_SECONDS
                 said = now if due else said
                 left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
-                full = engine.tokens / max(engine.places, 1)
+                full = engine.used / max(engine.places, 1)
                 figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
                 bar.update(output.written, f"{figures}  {errors} errors", due=due)
     return errors

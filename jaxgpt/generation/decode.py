@@ -5,8 +5,8 @@ through the model to fill the cache, and `decode` feeds the newest token of ever
 its keys and values in place, and appends what `choose` takes: many steps in one `while_loop` on the device. What a slot
 computes depends on its own request alone. Prefill leaves out the last token of a prompt: decoding begins with it, so
 there is one place where a token is chosen.
-Letters: B slots, Q parts that the mesh cuts them into, P slots of a part that are filled at once, C tokens of a chunk,
-S places of the cache and of the text, N alternatives."""
+Letters: B slots, Q parts that the mesh cuts them into, C tokens of a chunk, S places of the cache and of the text,
+G guesses, T = 1 + G, N alternatives."""
 
 import functools
 from typing import Any, NamedTuple
@@ -83,26 +83,28 @@ def admit(slots: Slots, new_B: Array, tokens_BS: Array, rules: Rules) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnames="slots")
-def prefill(model: Transformer, slots: Slots, chosen_QP: Array, start: Array, chunk: int) -> Slots:
-    """Fill the cache of some slots with their tokens from place `start` on, `chunk` of them. `chosen_QP` numbers the
-    slots within each part of the mesh; a number beyond them stands for none."""
-    parts, rows = chosen_QP.shape
-    S = slots.tokens_BS.shape[1]
+def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, starts_Q: Array, chunk: int) -> Slots:
+    """Fill the cache of one slot in each part of the mesh with `chunk` of its tokens, from its own place on; what is
+    before that is copied from a donor, a slot of that part whose text begins with the same tokens. Slots are numbered
+    within their part; a number beyond them stands for none. One at a time: more would change a row's bits on a CPU."""
+    parts, S = len(chosen_Q), slots.tokens_BS.shape[1]
 
-    def take(x: Array) -> Array:
-        taken = jax.vmap(lambda x, chosen: x.at[chosen].get(mode="clip"))(_by_part(x, parts), chosen_QP)
-        return _joined(taken)
+    def take(x: Array, which_Q: Array) -> Array:
+        return jax.vmap(lambda x, which: x.at[which].get(mode="clip"))(_by_part(x, parts), which_Q)
 
     def put(old: Array, new: Array) -> Array:
-        write = jax.vmap(lambda old, chosen, new: old.at[chosen].set(new, mode="drop"))
-        return _joined(write(_by_part(old, parts), chosen_QP, _by_part(new, parts)))
+        written = jax.vmap(lambda old, chosen, new: old.at[chosen].set(new, mode="drop"))
+        whole = written(_by_part(old, parts), chosen_Q, new)
+        return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
 
-    places_R = start + jnp.arange(chunk)
-    positions_RC = jnp.broadcast_to(places_R[None], (parts * rows, chunk))
-    missing = positions_RC >= (take(slots.lengths_B) - 1)[:, None]  # the last token is left to `decode`
-    positions_RC = shard(jnp.where(missing, S, positions_RC), "BT")  # which is not written
-    tokens_RC = take(slots.tokens_BS).at[:, places_R].get(mode="clip", out_sharding=out_sharding("BT"))
-    _, cache = model(tokens_RC, positions_BT=positions_RC, cache=jax.tree.map(take, slots.cache))
+    places_QC = starts_Q[:, None] + jnp.arange(chunk)[None]
+    missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
+    positions_QC = jnp.where(missing, S, places_QC)  # which is not written
+    tokens_QC = jax.vmap(lambda row, places: row.at[places].get(mode="clip"))(
+        take(slots.tokens_BS, chosen_Q), places_QC
+    )
+    known = jax.tree.map(lambda x: take(x, donors_Q), slots.cache)
+    _, cache, _ = model(shard(tokens_QC, "BT"), positions_BT=shard(positions_QC, "BT"), cache=known)
     return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
 
 
@@ -112,38 +114,21 @@ def _by_part(x: Array, parts: int) -> Array:
     return x.reshape(parts, -1, *x.shape[1:], out_sharding=jax.P(first, None, *rest))
 
 
-def _joined(x: Array) -> Array:
-    first, _, *rest = jax.typeof(x).sharding.spec
-    return x.reshape(-1, *x.shape[2:], out_sharding=jax.P(first, *rest))
-
-
-@functools.partial(jax.jit, donate_argnames="slots")
-def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, steps: Array) -> Slots:
-    """Append up to `steps` tokens to each text that is not complete; fewer once `enough` more texts are. `stopped_B`
-    marks those that the host has found complete, for example by a stop text."""
+@functools.partial(jax.jit, static_argnames="guesses", donate_argnames="slots")
+def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, steps: Array, guesses: int = 0) -> Slots:
+    """Append tokens to each text that is not complete, in up to `steps` passes; fewer once `enough` more texts are.
+    `stopped_B` marks those that the host has found complete, for example by a stop text. A pass also reads `guesses`
+    more tokens, and goes on for as long as they are what is chosen: the text stays the same, but for rounding."""
 
     def step(slots: Slots) -> Slots:
-        rules, lengths_B = slots.rules, slots.lengths_B
-        newest_B = jax.vmap(lambda tokens_S, length: tokens_S[length - 1])(slots.tokens_BS, lengths_B)
-        places_B1 = jnp.maximum(lengths_B - 1, 0)[:, None]
-        x_B1D, cache = model(newest_B[:, None], positions_BT=places_B1, cache=slots.cache)
+        tokens_BT = jax.vmap(functools.partial(_guess, count=guesses))(slots.tokens_BS, slots.lengths_B)
+        places_BT = jnp.maximum(slots.lengths_B - 1, 0)[:, None] + jnp.arange(1 + guesses)[None]
+        x_BTD, cache, _ = model(tokens_BT, positions_BT=places_BT, cache=slots.cache)
         assert cache is not None
-        logits_BV = model.logits(x_B1D)[:, 0]
-        token_B = choose(logits_BV, rules, slots.tokens_BS, lengths_B)
-        failed_B = ~slots.done_B & ~jnp.isfinite(logits_BV.sum(-1))
-        live_B = ~slots.done_B & ~failed_B
-        place_B = jnp.where(live_B, lengths_B, slots.tokens_BS.shape[1])  # else it is not written
-        slots = _record(slots, live_B & rules.logprobs, place_B, token_B, logits_BV)
-        lengths_B = lengths_B + live_B
-        ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
-        return slots._replace(
-            cache=cache,
-            tokens_BS=_write(slots.tokens_BS, place_B, token_B),
-            lengths_B=lengths_B,
-            done_B=slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end))),
-            failed_B=slots.failed_B | failed_B,
-            steps=slots.steps + 1,
-        )
+        expected_BT = jnp.concatenate([tokens_BT[:, 1:], jnp.full_like(tokens_BT[:, :1], -1)], 1)
+        inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (model.logits(x_BTD), expected_BT))
+        (slots, _), _ = jax.lax.scan(_append, (slots._replace(cache=()), ~slots.done_B), inputs)
+        return slots._replace(cache=cache, steps=slots.steps + 1)
 
     slots = slots._replace(done_B=slots.done_B | stopped_B, steps=jnp.int32(0))
     complete = slots.done_B.sum()
@@ -152,6 +137,37 @@ def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, st
         return (slots.steps < steps) & ~slots.done_B.all() & (slots.done_B.sum() < complete + enough)
 
     return jax.lax.while_loop(go_on, step, slots)
+
+
+def _guess(tokens_S: Array, length: Array, count: int) -> Array:
+    """The newest token, and what followed it the last time that the text had its newest three tokens, or else two, or
+    one (prompt look-up decoding); if that runs into the end, the same again."""
+    places_S = jnp.arange(len(tokens_S))
+    same_S, matches_S = places_S < length - 1, jnp.zeros_like(places_S)
+    for back in range(3):
+        same_S &= (jnp.roll(tokens_S, back) == tokens_S[length - 1 - back]) & (places_S >= back)
+        matches_S += same_S
+    begin = jnp.minimum((matches_S * len(tokens_S) + places_S).argmax() + 1, length - 1)
+    return tokens_S[begin + jnp.arange(-1, count) % (length - begin)]  # -1 is the newest one's place
+
+
+def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Slots, Array], None]:
+    """One more token to each text that goes on; it goes on further if the token is the expected one."""
+    (slots, going_B), (logits_BV, expected_B) = carry, inputs
+    rules, lengths_B = slots.rules, slots.lengths_B
+    token_B = choose(logits_BV, rules, slots.tokens_BS, lengths_B)
+    failed_B = going_B & ~jnp.isfinite(logits_BV.sum(-1))
+    live_B = going_B & ~failed_B
+    place_B = jnp.where(live_B, lengths_B, slots.tokens_BS.shape[1])  # else it is not written
+    slots = _record(slots, live_B & rules.logprobs, place_B, token_B, logits_BV)
+    lengths_B = lengths_B + live_B
+    ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
+    done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
+    slots = slots._replace(
+        tokens_BS=_write(slots.tokens_BS, place_B, token_B), lengths_B=lengths_B, done_B=done_B,
+        failed_B=slots.failed_B | failed_B,
+    )  # fmt: skip
+    return (slots, live_B & ~done_B & (token_B == expected_B)), None
 
 
 def _write(x: Array, place_B: Array, new: Array) -> Array:

@@ -6,6 +6,7 @@ on a CPU a row's bits are the same for 8 rows or more and for chunks of 64 token
 so the number of slots and the size of a chunk stay as they are while an engine lives."""
 
 import codecs
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.sharding import batch_parts, spec
+from jaxgpt.sharding import batch_parts, out_sharding, spec
 from jaxgpt.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at least this often
@@ -28,7 +29,6 @@ CHUNK = 64  # tokens of a prompt that are run through the model at once
 _SHORTEST = 128  # places of the cache at least: 128, 192, 256, 384 ... so that few programs are compiled
 Prompt = str | list[int]
 _NO_RULES = Rules.of(SamplingParams(), 1, 1, (), 0)
-_AT_ONCE = 4  # prompts of one part of the mesh that are filled in together, at most
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,32 @@ class _Text:
         return bool(places)
 
 
+def _shared(ids: list[int], other: list[int]) -> int:
+    """Tokens, in whole chunks, that two prompts begin with; their last tokens are not in the cache."""
+    most, begin = min(len(ids), len(other)) - 1, 0
+    while begin + CHUNK <= most and ids[begin : begin + CHUNK] == other[begin : begin + CHUNK]:
+        begin += CHUNK
+    return begin
+
+
 class Engine:
     """A model and its tokenizer, ready to generate on the current mesh."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 8) -> None:
-        """`slots`: texts that are continued together; rounded up so that each part of the mesh has as many."""
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 8, speculate: int = 0) -> None:
+        """`slots`: texts that are continued together; rounded up so that each part of the mesh has as many.
+        `speculate`: tokens that are guessed for each pass from what a text repeats."""
         self._config = model.config
         self._tokenizer = tokenizer
         self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
         self._parts = batch_parts()
         self._slots = -(-slots // self._parts) * self._parts
+        self._guesses = speculate
+        # The slots of the last run, and the prompts whose keys and values are in them, to begin others with.
+        self._kept: tuple[Slots | None, list[list[int]]] = None, [[]] * self._slots
         self.truncated = 0  # prompts that were cut to fit
+        self.reused = 0  # tokens of prompts whose keys and values were there
         self.tokens = 0  # generated so far
-        self.places = 0  # slots times steps that were computed for them
+        self.places = self.used = 0  # slots times passes, and those that brought a text on
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
@@ -167,8 +180,8 @@ class Engine:
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
-        waiting, texts = iter(requests), dict[int, _Text]()
-        slots, unseen = None, list[Progress]()
+        waiting, texts, unseen = iter(requests), dict[int, _Text](), list[Progress]()
+        (slots, prompts), self._kept = self._kept, (None, [[]] * self._slots)  # another run meanwhile has its own
         while True:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
@@ -176,40 +189,44 @@ class Engine:
             texts |= {slot: _Text(each, self._tokenizer, self._ends(each.params)) for slot, each in new.items()}
             if not texts:
                 break
-            slots = self._fill(self._fit(slots, texts), new)
+            slots = self._fill(self._fit(slots, prompts, texts), prompts, new)
             enough = len(texts) if exhausted else self._parts
             stopped = self._put(np.array([slot not in texts for slot in range(self._slots)]), "B")
             steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
-            slots = decode(self._model, slots, stopped, enough, steps)
+            slots = decode(self._model, slots, stopped, enough, steps, self._guesses)
             yield from unseen  # while the device computes
             told = (slots.tokens_BS, slots.lengths_B, slots.done_B, slots.failed_B, slots.steps)
-            tokens_BS, lengths, done, failed, steps = jax.device_get(told)
-            self.places += int(steps) * self._slots
+            tokens_BS, lengths, done, failed, passes = jax.device_get(told)
+            self.places += int(passes) * self._slots
             unseen = []
             for slot, text in list(texts.items()):
                 before = text.length
                 unseen.append(text.push(tokens_BS[slot], int(lengths[slot]), bool(done[slot]), bool(failed[slot])))
                 self.tokens += text.length - before
+                self.used += min(text.length - before, int(passes))
                 if unseen[-1].completion:
                     unseen.append(self._with_logprobs(unseen.pop(), slots, slot))
                     del texts[slot]
         yield from unseen
+        self._kept = slots, prompts
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         return (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
 
-    def _fit(self, slots: Slots | None, texts: dict[int, _Text]) -> Slots:
-        longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH for text in texts.values()))
+    def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
+        more = STEPS_PER_DISPATCH * (1 + self._guesses)
+        longest = max(_SHORTEST, *(text.length + more for text in texts.values()))
         power = 2 ** math.ceil(math.log2(longest))
         length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._config.context_length)
         if slots is None:
             return empty_slots(self._config, self._slots, length)
+        prompts[:] = [ids[:length] for ids in prompts]
         return slots if slots.tokens_BS.shape[1] == length else resize(slots, length)
 
     def _put(self, array: np.ndarray, axes: str) -> Array:
         return jax.device_put(array, spec(axes))
 
-    def _fill(self, slots: Slots, new: dict[int, Request]) -> Slots:
+    def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
         if not new:
             return slots
         length, context = slots.tokens_BS.shape[1], self._config.context_length
@@ -221,23 +238,30 @@ class Engine:
         new_B = self._put(np.isin(np.arange(self._slots), list(new)), "B")
         slots = admit(slots, new_B, self._put(tokens_BS, "BS"), stacked)
         in_part = self._slots // self._parts
-        left = [[slot % in_part for slot in new if slot // in_part == part] for part in range(self._parts)]
-        while any(left):
-            rows = _AT_ONCE if max(map(len, left)) > 1 else 1
-            chosen = np.full((self._parts, rows), in_part, np.int32)
-            for part, waiting in enumerate(left):
-                chosen[part, : len(waiting[:rows])] = waiting[:rows]
-            now = [new[part * in_part + slot] for part, waiting in enumerate(left) for slot in waiting[:rows]]
-            for start in range(0, max(len(request.ids) for request in now) - 1, CHUNK):
-                slots = prefill(self._model, slots, self._put(chosen, "B_"), np.int32(start), CHUNK)
-            left = [waiting[rows:] for waiting in left]
+        by_part = ([slot for slot in new if slot // in_part == part] for part in range(self._parts))
+        for now in itertools.zip_longest(*by_part):
+            chosen_Q, donors_Q, starts_Q = (np.full(self._parts, n, np.int32) for n in (in_part, 0, 0))
+            chunks, there = 0, [(part, slot) for part, slot in enumerate(now) if slot is not None]
+            for part, slot in there:
+                ids, first = new[slot].ids, part * in_part
+                shared = [_shared(ids, known) for known in prompts[first : first + in_part]]
+                start = max(shared)
+                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, shared.index(start), start
+                chunks = max(chunks, math.ceil((len(ids) - 1 - start) / CHUNK), start > 0)
+                self.reused += start
+            for chunk in range(chunks):
+                given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)
+                slots = prefill(self._model, slots, *(self._put(x, "B") for x in given), CHUNK)
+            for _, slot in there:
+                prompts[slot] = new[slot].ids
         return slots
 
     def _with_logprobs(self, done: Progress, slots: Slots, slot: int) -> Progress:
         completion, wanted = done.completion, done.request.params.logprobs
         if completion is None or wanted is None:
             return done
-        rows = (x[slot] for x in (slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN))
+        kept = slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN
+        rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in kept)
         begin = completion.prompt_tokens
         here = slice(begin, begin + len(completion.token_ids))
         chosen, ids, top = (row[here] for row in jax.device_get(tuple(rows)))

@@ -5,7 +5,7 @@ A target appears whole or not at all: it is written beside and renamed when it i
 import json
 import shutil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -94,16 +94,10 @@ def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
         note(f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}")
 
 
-class Agreement(NamedTuple):
-    """How near two models are on one prompt."""
-
-    max_logit_difference: float
-    kl: float  # mean Kullback-Leibler divergence of the second's next-token distributions from the first's, in nats
-    top1: float  # share of positions where both find the same token most probable
-
-
-def compare(source: Path, target: Path) -> Agreement:
-    """Run both on a prompt, one after the other. Raises JaxgptError when their tokenizers cut it differently."""
+def compare(source: Path, target: Path) -> tuple[float, float, float]:
+    """Run both on a prompt, one after the other: the largest difference of logits, the mean Kullback-Leibler divergence
+    of the target's next-token distributions in nats, and the share of positions where both find the same token most
+    probable. Raises JaxgptError when their tokenizers cut the prompt differently."""
     first, second = load_model(source), load_model(target)
     ids = first.tokenizer.encode(_PROMPT, bos=True)
     if second.tokenizer.encode(_PROMPT, bos=True) != ids:
@@ -114,4 +108,4 @@ def compare(source: Path, target: Path) -> Agreement:
     log_p_TV, log_q_TV = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (a_TV, b_TV))
     divergence = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(-1).mean()
     same = (a_TV.argmax(-1) == b_TV.argmax(-1)).mean()
-    return Agreement(float(np.abs(a_TV - b_TV).max()), float(divergence), float(same))
+    return float(np.abs(a_TV - b_TV).max()), float(divergence), float(same)

@@ -58,7 +58,7 @@ def verify(model: Transformer) -> list[Check]:
 
 @jax.jit
 def _forward(model: Transformer, tokens_BT: Array, cache: Any = None, **layout: Array) -> tuple[Array, Any]:
-    x_BTD, cache = model(tokens_BT, cache=cache, **layout)
+    x_BTD, cache, _ = model(tokens_BT, cache=cache, **layout)
     return model.logits(x_BTD), cache
 
 

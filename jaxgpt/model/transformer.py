@@ -52,11 +52,7 @@ class Transformer(nnx.Module):
         self.final_norm = None if config.norm_position == "post" else Norm("D", config)
         self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", table, 0.02)
 
-    def __call__(self, tokens_BT: Array, **options: Any) -> tuple[Array, Cache | None]:
-        """Hidden states and cache of `with_router_losses`, which says what the options are."""
-        return self.with_router_losses(tokens_BT, **options)[:2]
-
-    def with_router_losses(
+    def __call__(
         self,
         tokens_BT: Array,
         positions_BT: Array | None = None,

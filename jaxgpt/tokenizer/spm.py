@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import sentencepiece
@@ -56,16 +56,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """Learn a tokenizer from the first `config.training_bytes` of the documents; the same text gives the same model. A
-    document is one SentencePiece sentence, so that line ends and indentation are learned too (a model trained on lines
-    needs 6 % more tokens for Python). Tabs stay single bytes: SentencePiece keeps them for itself. Raises ConfigError
-    when the vocabulary does not fit the text, BadFileError when there is no text."""
+    """Learn a tokenizer from documents; the same text gives the same model. A document is one SentencePiece sentence,
+    so that line ends and indentation are learned too (a model trained on lines needs 6 % more tokens for Python), cut
+    at U+2581: no piece is learned that the encoder would never use. Tabs stay single bytes: SentencePiece keeps them
+    for itself. Raises ConfigError when the vocabulary does not fit the text, BadFileError when there is no text."""
     if reserved := {"<pad>", "<s>", "</s>", "<unk>"}.intersection(config.special_tokens):
         raise ConfigError(f"tokenizer.special_tokens: {', '.join(sorted(reserved))} exists already; leave it out")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_sentences(documents, config.training_bytes), model_writer=model,
+            sentence_iterator=filter(None, (part for text in documents for part in text.split(SPACE))),
+            model_writer=model,
             model_type=config.kind, vocab_size=config.vocab_size, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
             control_symbols=list(config.special_tokens), byte_fallback=True, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
@@ -75,17 +76,6 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     except RuntimeError as error:
         raise _training_error(str(error), config) from None
     return SentencePieceTokenizer(model.getvalue())
-
-
-def _training_sentences(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Documents up to `limit` bytes, cut at U+2581 so that no piece is learned that the encoder would never use."""
-    left = limit
-    for text in documents:
-        raw = text.encode()
-        yield from filter(None, raw[:left].decode("utf-8", "ignore").split(SPACE))
-        left -= len(raw)
-        if left <= 0:
-            return
 
 
 def _training_error(message: str, config: TokenizerConfig) -> Exception:

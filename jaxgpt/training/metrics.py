@@ -122,11 +122,7 @@ class Display(Bar):
 
 
 def evaluate(
-    eval_step: jax.stages.Wrapped,
-    model: Transformer,
-    windows: EvalWindows,
-    tokenizer: Tokenizer,
-    stop: Callable[[], bool],
+    step: jax.stages.Wrapped, model: Transformer, windows: EvalWindows, tokenizer: Tokenizer, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so. The bits are
     those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over
@@ -143,7 +139,7 @@ def evaluate(
         byte_counts.append(np.where(real, lengths[batch.labels], 0).sum(1))
         if nats:
             nats[-1] = np.asarray(nats[-1], np.float64)  # the one before, while this one runs
-        nats.append(eval_step(model, place_batch(batch)))
+        nats.append(step(model, place_batch(batch)))
     nats_of_row = np.concatenate([np.asarray(row, np.float64) for row in nats])
     bytes_of_row = np.concatenate(byte_counts)
     rows = np.count_nonzero(bytes_of_row)

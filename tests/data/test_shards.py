@@ -316,3 +316,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, text_dir: Path) ->
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
         peak.append(int(done.stdout))
     assert peak[1] - peak[0] < 40, peak
+
+
+def test_a_tokenizer_s_text_is_taken_evenly_up_to_its_bytes() -> None:
+    """Short texts are taken whole, of long ones a part; with a text that fits, all of it."""
+    texts = [f"{i} \u00e9" * (1 + 997 * i % 50) for i in range(400)]
+    total = sum(len(text.encode()) for text in texts)
+    taken = list(prepare_module._sample(texts, total, total // 10))
+    assert 0.9 < sum(len(text.encode()) for text in taken) / (total // 10) < 1.1
+    numbers = [int(text.split()[0]) for text in taken]
+    assert numbers == sorted(numbers) and numbers[0] < 40 and numbers[-1] > 360
+    assert list(prepare_module._sample(texts, total, total)) == texts

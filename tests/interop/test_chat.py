@@ -299,7 +299,6 @@ def piped(
     """`piped(b"Hi", "--seed", "1")` is `echo Hi | jaxgpt chat MODEL --seed 1` with a tiny model."""
     model, tokenizer = tiny
     trained = TrainedModel(model.config, tokenizer, model)
-    monkeypatch.setattr("jaxgpt.interop.load.model_config", lambda path: trained.config)
     monkeypatch.setattr("jaxgpt.interop.load.load_model", lambda path, **options: trained)
 
     def run(text: bytes, *words: str) -> Any:

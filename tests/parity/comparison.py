@@ -134,7 +134,7 @@ def evaluate(model: Transformer, batch: Batch, options: LossOptions) -> tuple[ja
     """Logits, mean loss over the labels, and its gradients."""
     real_BT = batch.labels >= 0
     weights_BT = real_BT / real_BT.sum()
-    hidden_BTD, _ = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segment_ids)
+    hidden_BTD, *_ = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segment_ids)
     loss, gradients = jax.value_and_grad(lambda model: batch_loss(model, batch, weights_BT, options)[0])(model)
     return model.logits(hidden_BTD), loss, gradients
 
