@@ -151,8 +151,9 @@ class Generate(Compute):
         job = Job(source, target, self.sampling, is_text=self.format == "text", shard=of)
         with self.load(self.checkpoint, self.step) as trained:
             tokenizer = trained.tokenizer
-            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)} {self.speculate}"
             engine = Engine(trained.model, tokenizer, self.slots, self.speculate)
+            rounding = f"{self.speculate} {min(self.slots, 8)}"
+            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
             job.run(engine, lambda said: encode_chat(tokenizer, said), model)
 
 

@@ -99,7 +99,7 @@ class _Output(contextlib.ExitStack):
 
     def put(self, index: int, record: dict[str, Any]) -> None:
         """Write a record as soon as all before it are written."""
-        self._waiting[index] = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._waiting[index] = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         while self.written in self._waiting:
             append(self._file, self._waiting.pop(self.written))
             self.written += 1

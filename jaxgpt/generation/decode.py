@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.generation.sampling import MAX_ALTERNATIVES, Rules, SamplingParams, choose
-from jaxgpt.model import Cache, Transformer
-from jaxgpt.model import new_cache as empty_cache
+from jaxgpt.generation.sampling import MAX_ALTERNATIVES, NO_RULES, Rules, choose
+from jaxgpt.model import Cache, Transformer, new_cache
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
@@ -44,12 +43,12 @@ def empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
     def zeros(axes: str, *more: int, dtype: Any = jnp.int32) -> Array:
         return jnp.zeros((slots, *more), dtype, out_sharding=out_sharding(axes))
 
-    example = Rules.of(SamplingParams(), 1, 1, (), 0)
-    rules = jax.tree.map(lambda x: zeros("B_"[: 1 + x.ndim], *x.shape, dtype=x.dtype), example)
+    rules = jax.tree.map(lambda x: zeros("B_"[: 1 + x.ndim], *x.shape, dtype=x.dtype), NO_RULES)
+    alternatives = min(MAX_ALTERNATIVES, config.vocab_size or 0)
     return Slots(
-        cache=empty_cache(config, slots, length), tokens_BS=zeros("BS", length),
-        logprobs_BS=zeros("BS", length, dtype=jnp.float32), top_ids_BSN=zeros("BSN", length, MAX_ALTERNATIVES),
-        top_logprobs_BSN=zeros("BSN", length, MAX_ALTERNATIVES, dtype=jnp.float32), lengths_B=zeros("B"),
+        cache=new_cache(config, slots, length), tokens_BS=zeros("BS", length),
+        logprobs_BS=zeros("BS", length, dtype=jnp.float32), top_ids_BSN=zeros("BSN", length, alternatives),
+        top_logprobs_BSN=zeros("BSN", length, alternatives, dtype=jnp.float32), lengths_B=zeros("B"),
         done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool), rules=rules, steps=jnp.int32(0),
     )  # fmt: skip
 
@@ -103,7 +102,9 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
     tokens_QC = jax.vmap(lambda row, places: row.at[places].get(mode="clip"))(
         take(slots.tokens_BS, chosen_Q), places_QC
     )
-    known = jax.tree.map(lambda x: take(x, donors_Q), slots.cache)
+    # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
+    shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
+    known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
     _, cache, _ = model(shard(tokens_QC, "BT"), positions_BT=shard(positions_QC, "BT"), cache=known)
     return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
 
@@ -127,10 +128,17 @@ def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, st
         assert cache is not None
         expected_BT = jnp.concatenate([tokens_BT[:, 1:], jnp.full_like(tokens_BT[:, :1], -1)], 1)
         inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (model.logits(x_BTD), expected_BT))
-        (slots, _), _ = jax.lax.scan(_append, (slots._replace(cache=()), ~slots.done_B), inputs)
+        (slots, _), _ = jax.lax.scan(go_further, (slots._replace(cache=()), ~slots.done_B), inputs)
         return slots._replace(cache=cache, steps=slots.steps + 1)
 
-    slots = slots._replace(done_B=slots.done_B | stopped_B, steps=jnp.int32(0))
+    def go_further(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        return jax.lax.cond(carry[1].any(), _append, lambda carry, _: carry, carry, inputs), None
+
+    def without(done: Array, rules: Rules) -> Rules:  # or what a complete text asked for would be done for the others
+        return jax.tree.map(lambda none, own: jnp.where(done, none, own), NO_RULES, rules)
+
+    done_B = slots.done_B | stopped_B
+    slots = slots._replace(done_B=done_B, rules=jax.vmap(without)(done_B, slots.rules), steps=jnp.int32(0))
     complete = slots.done_B.sum()
 
     def go_on(slots: Slots) -> Array:
@@ -151,7 +159,7 @@ def _guess(tokens_S: Array, length: Array, count: int) -> Array:
     return tokens_S[begin + jnp.arange(-1, count) % (length - begin)]  # -1 is the newest one's place
 
 
-def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Slots, Array], None]:
+def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[Slots, Array]:
     """One more token to each text that goes on; it goes on further if the token is the expected one."""
     (slots, going_B), (logits_BV, expected_B) = carry, inputs
     rules, lengths_B = slots.rules, slots.lengths_B
@@ -167,7 +175,7 @@ def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[tu
         tokens_BS=_write(slots.tokens_BS, place_B, token_B), lengths_B=lengths_B, done_B=done_B,
         failed_B=slots.failed_B | failed_B,
     )  # fmt: skip
-    return (slots, live_B & ~done_B & (token_B == expected_B)), None
+    return slots, live_B & ~done_B & (token_B == expected_B)
 
 
 def _write(x: Array, place_B: Array, new: Array) -> Array:
@@ -178,10 +186,8 @@ def _record(slots: Slots, wanted_B: Array, place_B: Array, token_B: Array, logit
     def record(old: tuple) -> tuple:
         log_p_BV = jax.nn.log_softmax(logits_BV)
         chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)
-        top_BN, ids_BN = jax.lax.top_k(log_p_BV, min(MAX_ALTERNATIVES, log_p_BV.shape[-1]))
-        pad = ((0, 0), (0, MAX_ALTERNATIVES - top_BN.shape[-1]))
-        new = chosen_B, jnp.pad(ids_BN, pad), jnp.pad(top_BN, pad, constant_values=-jnp.inf)
-        return tuple(_write(x, place_B, value) for x, value in zip(old, new, strict=True))
+        top_BN, ids_BN = jax.lax.top_k(log_p_BV, old[1].shape[-1])
+        return tuple(_write(x, place_B, new) for x, new in zip(old, (chosen_B, ids_BN, top_BN), strict=True))
 
     old = slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN
     logprobs_BS, ids_BSN, top_BSN = jax.lax.cond(wanted_B.any(), record, lambda old: old, old)

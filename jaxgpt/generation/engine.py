@@ -19,7 +19,7 @@ from jax import Array
 
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
-from jaxgpt.generation.sampling import MAX_ENDS, Rules, SamplingParams
+from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import batch_parts, out_sharding, spec
 from jaxgpt.tokenizer import Tokenizer
@@ -28,7 +28,6 @@ STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at lea
 CHUNK = 64  # tokens of a prompt that are run through the model at once
 _SHORTEST = 128  # places of the cache at least: 128, 192, 256, 384 ... so that few programs are compiled
 Prompt = str | list[int]
-_NO_RULES = Rules.of(SamplingParams(), 1, 1, (), 0)
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ class _Text:
         for token in row_S[self.length : length].tolist():
             self.length += 1
             at_end = done and self.length == length and token in self._end_ids
-            piece = "" if at_end else self._utf8.decode(self._tokenizer.decode_bytes([token]))
-            reason = "stop" if at_end or self._cut(piece, stop) else None
+            # A model may have more tokens than its tokenizer: they have no text.
+            raw = b"" if at_end else b"".join(self._tokenizer.token_bytes[token : token + 1])
+            reason = "stop" if self._cut(self._utf8.decode(raw, final=at_end), stop) or at_end else None
             if reason:
                 break
         if not reason and done:
@@ -158,8 +158,8 @@ class Engine:
         ids, context, vocabulary = self._ids(prompt), self._config.context_length, self._tokenizer.vocab_size
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
-        if max(ids) >= (self._config.vocab_size or 0):
-            raise ConfigError(f"prompt: token {max(ids)} has no embedding in this model; leave it out")
+        if not 0 <= min(ids) <= max(ids) < (self._config.vocab_size or 0):
+            raise ConfigError(f"prompt: token {min(0, *ids) or max(ids)} has no embedding in this model; leave it out")
         room = max(context - params.max_new_tokens, context // 2)
         if params.truncate != "no" and len(ids) > room:
             bos = self._tokenizer.bos_ids
@@ -207,8 +207,8 @@ class Engine:
                 if unseen[-1].completion:
                     unseen.append(self._with_logprobs(unseen.pop(), slots, slot))
                     del texts[slot]
-        yield from unseen
         self._kept = slots, prompts
+        yield from unseen
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         return (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
@@ -220,8 +220,10 @@ class Engine:
         length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._config.context_length)
         if slots is None:
             return empty_slots(self._config, self._slots, length)
+        if length <= slots.tokens_BS.shape[1] <= 4 * length:  # what prompts begin with stays when texts get shorter
+            return slots
         prompts[:] = [ids[:length] for ids in prompts]
-        return slots if slots.tokens_BS.shape[1] == length else resize(slots, length)
+        return resize(slots, length)
 
     def _put(self, array: np.ndarray, axes: str) -> Array:
         return jax.device_put(array, spec(axes))
@@ -230,7 +232,7 @@ class Engine:
         if not new:
             return slots
         length, context = slots.tokens_BS.shape[1], self._config.context_length
-        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [_NO_RULES] * self._slots
+        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
         for slot, (ids, params, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
             rules[slot] = Rules.of(params, len(ids), context, self._ends(params), sample)
@@ -241,13 +243,13 @@ class Engine:
         by_part = ([slot for slot in new if slot // in_part == part] for part in range(self._parts))
         for now in itertools.zip_longest(*by_part):
             chosen_Q, donors_Q, starts_Q = (np.full(self._parts, n, np.int32) for n in (in_part, 0, 0))
-            chunks, there = 0, [(part, slot) for part, slot in enumerate(now) if slot is not None]
+            chunks, there = 1, [(part, slot) for part, slot in enumerate(now) if slot is not None]
             for part, slot in there:
                 ids, first = new[slot].ids, part * in_part
                 shared = [_shared(ids, known) for known in prompts[first : first + in_part]]
                 start = max(shared)
                 chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, shared.index(start), start
-                chunks = max(chunks, math.ceil((len(ids) - 1 - start) / CHUNK), start > 0)
+                chunks = max(chunks, math.ceil((len(ids) - 1 - start) / CHUNK))
                 self.reused += start
             for chunk in range(chunks):
                 given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)

@@ -50,7 +50,7 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
     """A line of the input, numbered from 1, without its line end; `is_text` takes it as a prompt as it is. Raises
     ConfigError, naming the field, for what cannot be."""
     try:
-        value = raw.decode() if is_text else json.loads(raw.decode())
+        value = raw.decode() if is_text else json.loads(raw.decode(), parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the line is not valid {'UTF-8' if is_text else 'JSON'}: {error}") from None
     value = {"prompt": value} if isinstance(value, str) else value
@@ -64,7 +64,7 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     if isinstance(bias := fields.get("logit_bias"), dict):
-        fields["logit_bias"] = [[int(key) if key.isdecimal() else key, by] for key, by in bias.items()]
+        fields["logit_bias"] = [[int(k) if k.isdecimal() and len(k) < 10 else k, by] for k, by in bias.items()]
     return Line(name, validated(LineParams, asdict(defaults) | fields, "the line"), url)
 
 
@@ -72,7 +72,7 @@ def _openai_body(value: Json) -> tuple[Json, str]:
     body, url = value.get("body"), value.get("url")
     if unknown := value.keys() - {"method", "url", "body"}:
         raise ConfigError(f"unknown key {min(unknown)}{nearest(min(unknown), ('method', 'url', 'body'))}")
-    if url not in _URLS or value.get("method", "POST") != "POST" or not isinstance(body, dict):
+    if url not in list(_URLS) or value.get("method", "POST") != "POST" or not isinstance(body, dict):
         raise ConfigError(f"an OpenAI line needs method POST, a body, and one of the urls {', '.join(_URLS)}")
     body.pop("model", None)
     if "messages" in body and isinstance(body.get("logprobs"), bool):  # where it only says whether
@@ -104,7 +104,7 @@ def answer(line: Line, completions: Sequence[Completion]) -> Json:
 def error_answer(raw: bytes, number: int, message: str) -> Json:
     """The output of a line that is wrong, under its own id where that can be read."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, parse_constant=int)
     except (ValueError, RecursionError):
         value = None
     error, value = {"message": message, "line": number}, value if isinstance(value, dict) else {}

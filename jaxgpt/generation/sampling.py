@@ -101,6 +101,9 @@ def _padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.
     return np.array([*values, *[fill] * size][:size], dtype)
 
 
+NO_RULES = Rules.of(SamplingParams(temperature=0), 0, 1, (), 0)  # of a slot without a text that goes on
+
+
 def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
     """The next token of each slot, int32 [B]: edit the scores, then greedy, or temperature, filters and a draw. The
     order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p. Of

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from jaxgpt.errors import BadFileError, note
+from jaxgpt.errors import BadFileError, ConfigError, note
 from jaxgpt.files import read_json
 from jaxgpt.generation.engine import for_decoding
 from jaxgpt.interop.configs import read_config, read_gguf_config
@@ -31,7 +31,10 @@ def load_model(
     layers and keeps float32. `dtype` is that of the arithmetic; a foreign model has float32 by default. Raises
     BadFileError for a file that is damaged, hostile, or holds what is not implemented, ConfigError where the mesh
     cannot cut the model."""
-    if _is_run(path):
+    is_run = _is_run(path)
+    if (unused := dtype if is_run else step) is not None:
+        raise ConfigError(f"{'dtype' if is_run else 'step'} {unused}: {path} has its own; leave it out")
+    if is_run:
         trained = load_run(path, step)
         return trained if for_training else replace(trained, model=for_decoding(trained.model))
     tokenizer = open_tokenizer(path)
@@ -51,7 +54,7 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
     config = replace(layout.config, dtype=dtype or "float32")
     check_divides(jax.sharding.get_mesh(), config)
     if config.rope_scaling == "longrope":
-        short = f"texts of up to {config.rope_original_context} tokens"
+        short = f"texts (and caches) of up to {config.rope_original_context} tokens"
         note(f"{path}: {short} take the short rotary factors, longer ones the long")
 
     def skeleton() -> Transformer:

@@ -5,7 +5,7 @@ and Optax take it as it is. Letters: B batch, T query length, S key length, D mo
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,8 @@ from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
 Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, so that each is updated in place
+_Shared = tuple  # by all layers: positions [B, T], document numbers, the distinct rotations, which one each layer uses
 _run_cached = jax.jit(Block.__call__)  # of SmolLM2's 30 layers one is traced: a second less before its first token
-
-
-class _Context(NamedTuple):
-    """What all layers share: positions, document numbers, the distinct rotations and which of them each layer uses."""
-
-    positions_BT: Array
-    segments_BT: Array | None
-    rotations: tuple[Rotation | None, ...]
-    kinds: tuple[int, ...]
 
 
 class Transformer(nnx.Module):
@@ -72,13 +64,13 @@ class Transformer(nnx.Module):
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
         length = tokens_BT.shape[1] if cache is None else cache[0][0].shape[1]
-        context = _Context(positions_BT, segments_BT, *self._rotations(positions_BT, length))
+        shared = positions_BT, segments_BT, *self._rotations(positions_BT, length)
         if cache is None:
-            x_BTD, losses = self._train_layers(x_BTD, context, keys[1])
+            x_BTD, losses = self._train_layers(x_BTD, shared, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
-            x_BTD, cache = self._cached_layers(x_BTD, context, cache)
+            x_BTD, cache = self._cached_layers(x_BTD, shared, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
     def _rotations(self, positions_BT: Array, length: int) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
@@ -103,9 +95,9 @@ class Transformer(nnx.Module):
             x_BTD += sinusoids(positions_BT, self.config.d_model).astype(dtype)
         return x_BTD
 
-    def _train_layers(self, x_BTD: Array, context: _Context, key: Array | None) -> tuple[Array, Array | None]:
+    def _train_layers(self, x_BTD: Array, shared: _Shared, key: Array | None) -> tuple[Array, Array | None]:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
-        config, (positions_BT, segments_BT, rotations, kinds) = self.config, context
+        config, (positions_BT, segments_BT, rotations, kinds) = self.config, shared
         segments = None if segments_BT is None else (segments_BT, segments_BT)
 
         def run(x_BTD: Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
@@ -118,7 +110,7 @@ class Transformer(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
             each = []
-            for i, layer in enumerate(self._each_layer()):
+            for i, layer in enumerate(self.unstacked().layers):  # type: ignore[arg-type]
                 x_BTD, losses = run(x_BTD, layer, windows[i], rotations[kinds[i]], None if keys is None else keys[i])
                 each.append(losses)
             return x_BTD, jnp.stack(each).mean(0) if config.n_experts else None
@@ -135,27 +127,24 @@ class Transformer(nnx.Module):
         x_BTD, losses_L2 = jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))
         return x_BTD, None if losses_L2 is None else losses_L2.mean(0)
 
-    def _cached_layers(self, x_BTD: Array, context: _Context, cache: Cache) -> tuple[Array, Cache]:
+    def _cached_layers(self, x_BTD: Array, shared: _Shared, cache: Cache) -> tuple[Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None]
         new = []
-        positions_BT, _, rotations, kinds = context
-        windows = self.config.layer_windows
-        for layer, window, kind, old in zip(self._each_layer(), windows, kinds, cache, strict=True):
+        positions_BT, _, rotations, kinds = shared
+        layers, windows = self.unstacked().layers, self.config.layer_windows
+        for layer, window, kind, old in zip(layers, windows, kinds, cache, strict=True):  # type: ignore[arg-type]
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
             x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, mask_BTS, rotations[kind], positions_BT, old, None)
             new.append(layer_cache)
         return x_BTD, tuple(new)
 
-    def _each_layer(self) -> tuple[Block, ...]:
-        if isinstance(self.layers, tuple):
-            return self.layers
-        return tuple(jax.tree.map(lambda p, i=i: p[i], self.layers) for i in range(self.config.n_layers))
-
     def unstacked(self) -> "Transformer":
         """The same model with a tuple of layers, for decoding: each layer's weights are arrays of their own."""
+        if isinstance(self.layers, tuple):
+            return self
         model = copy.copy(self)
-        model.layers = self._each_layer()
+        model.layers = tuple(jax.tree.map(lambda p, i=i: p[i], self.layers) for i in range(self.config.n_layers))
         return model
 
     def output_embedding(self) -> Array:

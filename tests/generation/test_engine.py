@@ -146,7 +146,7 @@ def test_prompts_that_begin_alike_share_keys_and_values(
         return prefill(model, slots, chosen, *rest)
 
     with mesh_of(*shape):
-        engine = Engine(make_model(tokenizer, context_length=256, **MODERN), tokenizer)
+        engine = Engine(make_model(tokenizer, context_length=768, **MODERN), tokenizer)
         alone = []
         for prompt, own in zip(prompts, params, strict=True):
             fresh = Engine(engine._model, tokenizer)
@@ -156,8 +156,11 @@ def test_prompts_that_begin_alike_share_keys_and_values(
         assert engine.generate(prompts, params) == alone
         assert engine.reused >= 64 * 9
         before, passes = engine.reused, 0
-        engine.generate(*short)
+        engine.generate(*short)  # does not make the cache shorter
         assert engine.reused == before
+        assert engine.generate(prompts[:1], params[0]) == alone[:1] and engine.reused >= before + 128
+        engine.generate(short[0], SamplingParams(700, temperature=0))
+        engine.generate(*short)  # this one does
         assert engine.generate(prompts[:8], params[:8]) == alone[:8]
         assert engine.generate([one + ends[2]], params[0])[0].prompt_tokens == 220 and engine.reused > before
         before, passes = engine.reused, 0
@@ -172,7 +175,8 @@ def test_a_run_in_another_s_time_has_slots_of_its_own(mesh_of: Callable[..., Any
         outer = engine.stream(PROMPTS[0], GREEDY)
         first = next(outer)[1]
         assert engine.generate(PROMPTS[1:2], GREEDY)[0].text == expected[1]
-        next(engine.stream(PROMPTS[1], GREEDY))  # and is left
+        for _ in engine.stream(PROMPTS[1], GREEDY):
+            break  # and is left
         assert first + "".join(text for _, text in outer) == expected[0]
         assert engine.generate(PROMPTS[1:2], GREEDY)[0].text == expected[1]
 
@@ -267,8 +271,38 @@ def test_a_row_that_is_not_finite_fails_alone(mesh_of: Callable[..., Any], token
         row = jnp.arange(model.config.vocab_rows)[:, None] == poisoned
         model.token_embedding = jax.tree.map(lambda p: jnp.where(row, jnp.nan, p), model.token_embedding)
         found = Engine(model, tokenizer).generate(["def f(", "q", "import "], GREEDY)
+        engine = Engine(model, tokenizer, slots=2)
+        refilled = engine.generate(["q", "q", "q" * 90, *3 * ["def f(", "import "]], GREEDY)
+        later = engine.generate(["def f(", "import "], GREEDY)
     assert [found[0], found[2]] == good
     assert (found[1].finish_reason, found[1].token_ids) == ("error", [])
+    assert [each.finish_reason for each in refilled[:3]] == ["error"] * 3
+    assert refilled[3:] == 3 * good and later == good, "nothing of it stays in the slot, or comes from another"
+
+
+def test_a_token_without_a_piece_has_no_text(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    """Models have more tokens than their tokenizers: tables are padded."""
+    with mesh_of():
+        engine = Engine(make_model(tokenizer, vocab_size=tokenizer.vocab_size + 100), tokenizer)
+        (one,) = engine.generate(["x"], SamplingParams(60, seed=1, ignore_eos=True))
+    assert max(one.token_ids) >= tokenizer.vocab_size and len(one.token_ids) == 60
+    known = [token for token in one.token_ids if token < tokenizer.vocab_size]
+    assert one.text == tokenizer.decode(known)
+
+
+def test_a_complete_text_asks_for_nothing_any_more(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    with mesh_of():
+        engine = Engine(make_model(tokenizer), tokenizer, slots=3)
+        settings = [
+            SamplingParams(2, top_p=0.5, typical_p=0.5, repetition_penalty=2.0),
+            replace(GREEDY, max_new_tokens=30),
+        ]
+        engine.generate(["x", "y"], settings)
+        slots = engine._kept[0]
+        assert slots is not None
+        rules = jax.device_get(slots.rules)
+    assert rules.temperature.tolist() == [0, 0, 0] and rules.repetition_penalty.tolist() == [1, 1, 1]
+    assert rules.top_p.tolist() == rules.typical_p.tolist() == [1, 1, 1]
 
 
 def test_a_character_is_never_split_in_a_stream(tokenizer: Tokenizer) -> None:
@@ -276,6 +310,8 @@ def test_a_character_is_never_split_in_a_stream(tokenizer: Tokenizer) -> None:
     text, row = _Text(Request([1], GREEDY), tokenizer, ()), np.array([1, *face, *face[:2]])
     assert [text.push(row, n, False, False).text for n in range(2, 7)] == ["", "", "", "\U0001f642", ""]
     assert text.push(row, 7, True, False).text == "\ufffd", "what is left at the end"
+    text, end = _Text(Request([1], GREEDY), tokenizer, (tokenizer.eos_id,)), [1, *face[:2], tokenizer.eos_id]
+    assert text.push(np.array(end), 4, True, False).text == "\ufffd", "also where a token ends it"
 
 
 def test_the_stream_is_the_text(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
@@ -320,6 +356,7 @@ def test_the_context_can_be_filled_but_not_exceeded(mesh_of: Callable[..., Any],
             (full, GREEDY, r"prompt of 96 tokens: the context of 96 has no room; shorten the prompt"),
             ("x", SamplingParams(top_k=401), "top_k is 401: the vocabulary has 400 tokens"),
             ("\ud800", GREEDY, "lone surrogate"),
+            ([-3, 5], GREEDY, "token -3 has no embedding"),
         ):
             with pytest.raises(ConfigError, match=message):
                 engine.generate([prompt], params)

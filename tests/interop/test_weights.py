@@ -293,6 +293,8 @@ def test_the_arithmetic_is_float32_unless_asked(llama: Path, mesh_of: Callable) 
     with mesh_of():
         assert load_model(llama).config.dtype == "float32"
         narrow = load_model(llama, dtype="bfloat16")
+        with pytest.raises(ConfigError, match=r"step 3: .* has its own; leave it out"):
+            load_model(llama, step=3)
     assert narrow.config.dtype == "bfloat16" and narrow.model.layers[0].mlp.up.kernel[...].dtype == "bfloat16"
 
 

@@ -44,7 +44,7 @@ def test_values_and_gradients_match_a_slow_reference(G: int, softcap: float | No
     rng = np.random.default_rng(9)
     pull_BTHK = rng.standard_normal((B, T, H, K))
     singles = [jnp.asarray(a, jnp.float32) for a in arrays]
-    out, vjp = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, jnp.asarray(mask_BTS), softcap)), *singles)
+    out, vjp = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, jnp.asarray(mask_BTS), softcap, None)), *singles)
     np.testing.assert_allclose(out, slow_attention(*arrays, mask_BTS, softcap), rtol=0, atol=2e-6)
     gradients = vjp(jnp.asarray(pull_BTHK, jnp.float32))
     for which in range(3):
@@ -63,7 +63,7 @@ def test_bfloat16_rounds_only_what_it_must() -> None:
     """Scores and softmax are float32: what is left is one rounding of the weights and one of the result."""
     arrays, mask_BTS = inputs(2)
     halves = [jnp.asarray(a, jnp.bfloat16) for a in arrays]
-    out = attention(*halves, jnp.asarray(mask_BTS))
+    out = attention(*halves, jnp.asarray(mask_BTS), None, None)
     assert out.dtype == jnp.bfloat16
     exact = slow_attention(*(np.asarray(a, np.float64) for a in halves), mask_BTS, None)
     assert np.abs(np.asarray(out, np.float64) - exact).max() < 2**-8 * np.abs(arrays[2]).max()
@@ -72,7 +72,7 @@ def test_bfloat16_rounds_only_what_it_must() -> None:
 def test_huge_scores_stay_finite() -> None:
     arrays, mask_BTS = inputs(4)
     q, k, v = (jnp.asarray(a, jnp.float32) for a in arrays)
-    run = jax.jit(jax.value_and_grad(lambda q: attention(q, k, v, jnp.asarray(mask_BTS)).sum()))
+    run = jax.jit(jax.value_and_grad(lambda q: attention(q, k, v, jnp.asarray(mask_BTS), None, None).sum()))
     value, grads = run(1e6 * q)
     assert np.isfinite(value) and np.isfinite(grads).all()
 
