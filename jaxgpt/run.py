@@ -14,9 +14,9 @@ import jax
 
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import BadFileError, ConfigError, nearest
-from jaxgpt.files import write_atomically
+from jaxgpt.files import read_json, write_atomically
 from jaxgpt.model import Transformer
-from jaxgpt.presets import differences, flatten, from_json, to_json
+from jaxgpt.presets import differences, flatten, to_json, validated
 from jaxgpt.sharding import check_divides
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,11 +29,7 @@ MAY_DIFFER = (
 
 def read_config(run_dir: Path) -> TrainConfig:
     """The configuration of a run. Raises BadFileError when there is none or it is damaged."""
-    path = run_dir / "config.json"
-    try:
-        return from_json(path.read_bytes(), str(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadFileError(f"checkpoint {run_dir}: there is no config.json; name a run directory of train.py") from None
+    return validated(TrainConfig, read_json(run_dir / "config.json", limit=2**20), f"{run_dir}/config.json")
 
 
 def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from jaxgpt.config import TokenizerConfig, TrainConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.interop.load import load_model
 from jaxgpt.run import load_run, read_config, refuse_other_config
 from jaxgpt.tokenizer import train_tokenizer
 
@@ -423,7 +424,7 @@ def test_checkpoints_without_their_configuration_are_not_touched(command: Callab
     (run.run_path / "config.json").unlink()
     before = content(run.run_path)
     refused = command("train.py", run)
-    assert refused.status == 65 and "there is no config.json" in refused.error
+    assert refused.status == 65 and "config.json: there is no such file" in refused.error
     assert content(run.run_path) == before
 
 
@@ -444,6 +445,8 @@ def test_a_loaded_run_is_what_was_trained(finished: Path, mesh_of: Callable[...,
     """The averaged parameters, on any mesh; float32 whatever reads them."""
     with mesh_of():
         one = load_run(finished)
+        with pytest.raises(ConfigError, match=r"dtype bfloat16: .* has its own; leave it out"):
+            load_model(finished, dtype="bfloat16")
     with mesh_of(data=4, tensor=2):
         other = load_run(finished)
     assert one.config == read_config(finished).model and one.tokenizer.vocab_size == one.config.vocab_size == 500

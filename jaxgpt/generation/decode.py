@@ -99,13 +99,12 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
     places_QC = starts_Q[:, None] + jnp.arange(chunk)[None]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
     positions_QC = jnp.where(missing, S, places_QC)  # which is not written
-    tokens_QC = jax.vmap(lambda row, places: row.at[places].get(mode="clip"))(
-        take(slots.tokens_BS, chosen_Q), places_QC
-    )
+    tokens_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
     shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
     known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
-    _, cache, _ = model(shard(tokens_QC, "BT"), positions_BT=shard(positions_QC, "BT"), cache=known)
+    tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
+    _, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
     return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
 
 
@@ -124,7 +123,7 @@ def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, st
     def step(slots: Slots) -> Slots:
         tokens_BT = jax.vmap(functools.partial(_guess, count=guesses))(slots.tokens_BS, slots.lengths_B)
         places_BT = jnp.maximum(slots.lengths_B - 1, 0)[:, None] + jnp.arange(1 + guesses)[None]
-        x_BTD, cache, _ = model(tokens_BT, positions_BT=places_BT, cache=slots.cache)
+        x_BTD, cache, _ = model(tokens_BT, places_BT, cache=slots.cache, lengths_B=slots.rules.end)
         assert cache is not None
         expected_BT = jnp.concatenate([tokens_BT[:, 1:], jnp.full_like(tokens_BT[:, :1], -1)], 1)
         inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (model.logits(x_BTD), expected_BT))

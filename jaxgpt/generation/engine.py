@@ -114,7 +114,6 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 8, speculate: int = 0) -> None:
         """`slots`: texts that are continued together; rounded up so that each part of the mesh has as many.
         `speculate`: tokens that are guessed for each pass from what a text repeats."""
-        self._config = model.config
         self._tokenizer = tokenizer
         self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
         self._parts = batch_parts()
@@ -147,7 +146,7 @@ class Engine:
         return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 
     def room(self, prompt: Prompt) -> int:
-        return self._config.context_length - len(self._ids(prompt))
+        return self._model.config.context_length - len(self._ids(prompt))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
@@ -155,10 +154,10 @@ class Engine:
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
         """One request for each sample of a prompt. Raises ConfigError for a prompt that leaves no room in the context,
         or an id or top_k above the vocabulary."""
-        ids, context, vocabulary = self._ids(prompt), self._config.context_length, self._tokenizer.vocab_size
+        ids, context, vocabulary = self._ids(prompt), self._model.config.context_length, self._tokenizer.vocab_size
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
-        if not 0 <= min(ids) <= max(ids) < (self._config.vocab_size or 0):
+        if not 0 <= min(ids) <= max(ids) < (self._model.config.vocab_size or 0):
             raise ConfigError(f"prompt: token {min(0, *ids) or max(ids)} has no embedding in this model; leave it out")
         room = max(context - params.max_new_tokens, context // 2)
         if params.truncate != "no" and len(ids) > room:
@@ -217,9 +216,9 @@ class Engine:
         more = STEPS_PER_DISPATCH * (1 + self._guesses)
         longest = max(_SHORTEST, *(text.length + more for text in texts.values()))
         power = 2 ** math.ceil(math.log2(longest))
-        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._config.context_length)
+        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._model.config.context_length)
         if slots is None:
-            return empty_slots(self._config, self._slots, length)
+            return empty_slots(self._model.config, self._slots, length)
         if length <= slots.tokens_BS.shape[1] <= 4 * length:  # what prompts begin with stays when texts get shorter
             return slots
         prompts[:] = [ids[:length] for ids in prompts]
@@ -231,7 +230,7 @@ class Engine:
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
         if not new:
             return slots
-        length, context = slots.tokens_BS.shape[1], self._config.context_length
+        length, context = slots.tokens_BS.shape[1], self._model.config.context_length
         tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
         for slot, (ids, params, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
@@ -255,7 +254,8 @@ class Engine:
                 given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)
                 slots = prefill(self._model, slots, *(self._put(x, "B") for x in given), CHUNK)
             for _, slot in there:
-                prompts[slot] = new[slot].ids
+                # Longrope's keys depend on the end of the text too.
+                prompts[slot] = [] if self._model.config.rope_scaling == "longrope" else new[slot].ids
         return slots
 
     def _with_logprobs(self, done: Progress, slots: Slots, slot: int) -> Progress:

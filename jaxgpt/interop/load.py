@@ -54,7 +54,7 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
     config = replace(layout.config, dtype=dtype or "float32")
     check_divides(jax.sharding.get_mesh(), config)
     if config.rope_scaling == "longrope":
-        short = f"texts (and caches) of up to {config.rope_original_context} tokens"
+        short = f"texts of up to {config.rope_original_context} tokens"
         note(f"{path}: {short} take the short rotary factors, longer ones the long")
 
     def skeleton() -> Transformer:

@@ -51,11 +51,12 @@ def rotary_kinds(config: ModelConfig, length: int) -> tuple[np.ndarray, tuple[in
     return np.stack(tables), tuple(layers)
 
 
-def rotations_of(positions_BT: Array, tables: np.ndarray, factor: float) -> tuple[Rotation, ...]:
-    """The rotation of each kind; `factor` multiplies cosines and sines (longrope's attention factor)."""
+def rotations_of(positions_BT: Array, tables: np.ndarray | Array, factor: float) -> tuple[Rotation, ...]:
+    """The rotation of each kind by its table, [n] or for each row [B, n]; `factor` multiplies cosines and sines
+    (longrope's attention factor)."""
 
-    def rotation(table: np.ndarray) -> Rotation:
-        angles = positions_BT[:, :, None, None].astype(jnp.float32) * table[None, None, None]
+    def rotation(table: np.ndarray | Array) -> Rotation:
+        angles = positions_BT[:, :, None, None].astype(jnp.float32) * table.reshape(-1, 1, 1, table.shape[-1])
         return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
     return tuple(rotation(table) for table in tables)

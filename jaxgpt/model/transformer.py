@@ -51,11 +51,13 @@ class Transformer(nnx.Module):
         segments_BT: Array | None = None,
         cache: Cache | None = None,
         dropout_key: Array | None = None,
+        lengths_B: Array | None = None,
     ) -> tuple[Array, Cache | None, Array | None]:
         """Hidden states [B, T, D] after the last norm, the cache with this call's keys and values, and the mean over
         the layers of `router_losses` [2]: None without experts or with a cache. `segments_BT` numbers the packed
-        documents of a row: a token sees its own document only. With a cache, positions say into which slots keys and
-        values go; a position beyond the cache is not written."""
+        documents of a row: a token sees its own document only, and positions rise within it. With a cache, positions
+        say into which slots keys and values go; a position beyond the cache is not written. `lengths_B` says how long
+        each text will be, which counts for longrope; by default as long as the row, or the cache."""
         losses = None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -64,7 +66,7 @@ class Transformer(nnx.Module):
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
         length = tokens_BT.shape[1] if cache is None else cache[0][0].shape[1]
-        shared = positions_BT, segments_BT, *self._rotations(positions_BT, length)
+        shared = positions_BT, segments_BT, *self._rotations(positions_BT, length if lengths_B is None else lengths_B)
         if cache is None:
             x_BTD, losses = self._train_layers(x_BTD, shared, keys[1])
         elif segments_BT is not None or dropout_key is not None:
@@ -73,13 +75,14 @@ class Transformer(nnx.Module):
             x_BTD, cache = self._cached_layers(x_BTD, shared, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
-    def _rotations(self, positions_BT: Array, length: int) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
+    def _rotations(self, positions_BT: Array, length: int | Array) -> tuple[Any, tuple[int, ...]]:
         config = self.config
         if config.positions != "rotary":
             return (None,), (0,) * config.n_layers
-        tables, kinds = rotary_kinds(config, length)
+        is_long_1B1 = jnp.reshape(length > config.rope_original_context, (1, -1, 1))
+        (short, kinds), (long, _) = (rotary_kinds(config, length) for length in (0, 2**31))
         factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
-        return rotations_of(positions_BT, tables, factor), kinds
+        return rotations_of(positions_BT, jnp.where(is_long_1B1, long[:, None], short[:, None]), factor), kinds
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         dtype = jnp.dtype(self.config.dtype)

@@ -168,6 +168,27 @@ def test_prompts_that_begin_alike_share_keys_and_values(
         assert again == alone[7] and engine.reused - before == 128 and passes == 1, "the rest is one chunk"
 
 
+def test_longrope_goes_by_what_each_text_may_grow_to(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    """Short and long factors side by side, also where a long text begins as a short one does."""
+    factors = dict(rope_short_factors=(1.0, 1.5, 2.0, 2.5), rope_long_factors=(3.0, 9.0, 2.0, 7.0))
+    scaling = dict(rope_scaling="longrope", rope_original_context=100, rope_attention_factor=1.2, **factors)
+    ids = np.random.default_rng(5).integers(4, tokenizer.vocab_size, 150).tolist()
+    prompts, params = (
+        [ids[:70], ids[:70], ids],
+        [replace(GREEDY, max_new_tokens=n, ignore_eos=True) for n in (20, 40, 20)],
+    )
+    with mesh_of(data=2):
+        model = make_model(tokenizer, context_length=192, **MODERN | scaling)
+        together = Engine(model, tokenizer).generate(prompts, params)
+        for prompt, own, found in zip(prompts, params, together, strict=True):
+            assert Engine(model, tokenizer).generate([prompt], own) == [found]
+            length = len(prompt) + own.max_new_tokens  # as long as the text, so that a whole pass takes its factors
+            rows = shard(jnp.array(2 * [[*prompt, *found.token_ids]], jnp.int32), "BT")
+            best = np.asarray(jax.jit(lambda rows: model.logits(model(rows)[0]).argmax(-1))(rows))[0].tolist()
+            assert rows.shape[1] == length and best[len(prompt) - 1 : -1] == found.token_ids
+    assert together[0].token_ids != together[1].token_ids[:20]
+
+
 def test_a_run_in_another_s_time_has_slots_of_its_own(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer, slots=1)
