@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -175,7 +176,8 @@ class FakeEngine(Engine):
     """Says its answers in pieces; an exception among them is raised. Remembers what it was asked."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, answers: list[list[str | BaseException]]) -> None:
-        self._config = ModelConfig(context_length=context, vocab_size=tokenizer.vocab_size)
+        config = ModelConfig(context_length=context, vocab_size=tokenizer.vocab_size)
+        self._model = SimpleNamespace(config=config)  # type: ignore[assignment]
         self._tokenizer, self.answers, self.asked = tokenizer, answers, list[str]()
 
     def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:

@@ -215,13 +215,13 @@ def at(begin: int, end: int) -> jax.Array:
 def every_way(model: Transformer, tokens_BT: jax.Array) -> dict[str, jax.Array]:
     """Logits of all tokens: in one go, and with a cache in pieces."""
     half, decoder = T // 2, model.unstacked()
-    first, cache = decoder(tokens_BT[:, :half], positions_BT=at(0, half), cache=used_cache(model.config, T + 3))
-    rest, _ = decoder(tokens_BT[:, half:], positions_BT=at(half, T), cache=cache)
+    first, cache, _ = decoder(tokens_BT[:, :half], positions_BT=at(0, half), cache=used_cache(model.config, T + 3))
+    rest, *_ = decoder(tokens_BT[:, half:], positions_BT=at(half, T), cache=cache)
 
     def one_token(carry: tuple[Cache, jax.Array], token_B: jax.Array) -> tuple:
         cache, position = carry
         where_BT = jnp.full((B, 1), position)
-        x_BTD, cache = decoder(token_B[:, None], positions_BT=where_BT, cache=cache)
+        x_BTD, cache, _ = decoder(token_B[:, None], positions_BT=where_BT, cache=cache)
         return (cache, position + 1), x_BTD[:, 0]
 
     _, steps_TBD = jax.lax.scan(one_token, (cache, jnp.int32(half)), tokens_BT[:, half:].T)
@@ -263,11 +263,11 @@ def test_rows_of_a_cache_stand_at_different_positions() -> None:
     model, tokens_BT = loud(tiny(windows=(4, 0))), tokens_of()
     expected = reference(model, np.asarray(tokens_BT))
     run, starts_B1 = jax.jit(Transformer.__call__), jnp.array([[6], [4]])
-    _, cache = run(model, tokens_BT[:, :6], cache=used_cache(model.config, T))
+    _, cache, _ = run(model, tokens_BT[:, :6], cache=used_cache(model.config, T))
     for step in range(6):
         positions_BT = starts_B1 + step
         now_BT = jnp.take_along_axis(tokens_BT, positions_BT, 1)
-        x_BTD, cache = run(model, now_BT, positions_BT=positions_BT, cache=cache)
+        x_BTD, cache, _ = run(model, now_BT, positions_BT=positions_BT, cache=cache)
         for row, position in enumerate(positions_BT[:, 0].tolist()):
             got = model.logits(x_BTD)[row, 0]
             np.testing.assert_allclose(got, expected[row, position], rtol=0, atol=2e-5 * expected.std())
@@ -277,8 +277,8 @@ def test_a_position_beyond_the_cache_is_not_written() -> None:
     """Nor moved to the last slot: that keeps what belongs there, as in a longer cache."""
     model, run = loud(tiny()), jax.jit(Transformer.__call__)
     given = dict(tokens_BT=tokens_of(shape=(B, 3)), positions_BT=at(3, 6))
-    _, short = run(model, **given, cache=used_cache(model.config, 4))
-    _, long = run(model, **given, cache=used_cache(model.config, 8))
+    _, short, _ = run(model, **given, cache=used_cache(model.config, 4))
+    _, long, _ = run(model, **given, cache=used_cache(model.config, 8))
     for one, other in zip(jax.tree.leaves(short), jax.tree.leaves(long), strict=True):
         np.testing.assert_allclose(one, other[:, :4], rtol=1e-5, atol=1e-5)
         assert (one[:, :3] == 7).all() and (one[:, 3] != 7).all()
