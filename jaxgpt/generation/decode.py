@@ -152,7 +152,7 @@ def _guess(tokens_S: Array, length: Array, count: int) -> Array:
     places_S = jnp.arange(len(tokens_S))
     same_S, matches_S = places_S < length - 1, jnp.zeros_like(places_S)
     for back in range(3):
-        same_S &= (jnp.roll(tokens_S, back) == tokens_S[length - 1 - back]) & (places_S >= back)
+        same_S &= (tokens_S[places_S - back] == tokens_S[length - 1 - back]) & (places_S >= back)
         matches_S += same_S
     begin = jnp.minimum((matches_S * len(tokens_S) + places_S).argmax() + 1, length - 1)
     return tokens_S[begin + jnp.arange(-1, count) % (length - begin)]  # -1 is the newest one's place
