@@ -62,7 +62,8 @@ def load_preset(name: str) -> TrainConfig:
     except Exception as error:  # the user's own code; the usual mistake is a field that does not exist
         names = [key.rpartition(".")[2] for key in flatten(TrainConfig())]  # newer Pythons propose one themselves
         near = nearest(str(error).rpartition("keyword argument '")[2].rstrip("'"), names)
-        raise ConfigError(f"configuration {name}: {type(error).__name__}: {error}{near}; try --debug") from error
+        what = f"{type(error).__name__}: {error}{near}"
+        raise ConfigError(f"configuration {name}: {what}; mend it, --debug shows where") from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"configuration {name}: it must define a function config() that returns a TrainConfig")
     return config

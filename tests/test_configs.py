@@ -86,7 +86,7 @@ def test_nothing_large_is_on_every_device(preset: str, sizes: tuple[int, int, in
         ("def config(): return ModelConfig(n_layer=3)", "argument 'n_layer'.*[Dd]id you mean '?n_layers"),
         ("def config(): return ModelConfig(n_heads=5)", "model.d_model 768 does not divide by model.n_heads 5"),
         ("def config(: pass", "SyntaxError: invalid syntax"),
-        ("def config(): return 1 / 0", "ZeroDivisionError: division by zero; try --debug"),
+        ("def config(): return 1 / 0", "ZeroDivisionError: division by zero; mend it, --debug shows where"),
         ("", r"must define a function config\(\) that returns a TrainConfig"),
     ],
 )

@@ -35,7 +35,7 @@ CHIP_BYTES = 16 * GIB  # of a v5e
 PRESETS = ["tiny", "gpt2_124m"]
 MESHES = [MeshConfig(data=2, fsdp=1, tensor=2), MeshConfig(data=1, fsdp=4, tensor=1)]
 PARTS = {"tensor": 2, "fsdp": 4}  # that each of these meshes cuts the parameters into
-ROWS, PROMPTS = 8, 2  # of generation: slots, and prompts of each part that are filled together
+ROWS = 8  # slots of generation
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 """Compiles in a fifth of the time. Arguments and outputs stay the same; the temporaries of training gpt2_124m are 5.2
 and 4.6 GiB instead of 6.0 and 4.7, those of a model as small as tiny come out several times too large."""

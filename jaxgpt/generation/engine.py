@@ -213,8 +213,7 @@ class Engine:
         return (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
 
     def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
-        more = STEPS_PER_DISPATCH * (1 + self._guesses)
-        longest = max(_SHORTEST, *(text.length + more for text in texts.values()))
+        longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH * (1 + self._guesses) for text in texts.values()))
         power = 2 ** math.ceil(math.log2(longest))
         length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._model.config.context_length)
         if slots is None:
