@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
+from jaxgpt.bench import verbs as bench
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
 from jaxgpt.generation.sampling import SamplingParams
@@ -297,6 +298,12 @@ VERBS: dict[str, Any] = {  # a class of options, or a function of the words behi
     "verify": Verify,
     "tokenize": Tokenize,
     "data prepare": prepare,
+    "bench kernels": bench.Kernels,
+    "bench train": bench.Train,
+    "bench prefill": bench.Prefill,
+    "bench decode": bench.Decode,
+    "bench generate": bench.Generate,
+    "bench compile": bench.Compile,
 }
 
 

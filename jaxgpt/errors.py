@@ -48,6 +48,12 @@ class Stopped(JaxgptError):
     exit_status = 75
 
 
+class SlowerError(JaxgptError):
+    """A benchmark found what is slower than its baseline."""
+
+    exit_status = 1
+
+
 class TrainingError(JaxgptError):
     """Training cannot go on, for example because the loss is not finite."""
 

@@ -6,11 +6,13 @@ recomputation adds: two for each multiply-add of the forward pass and twice that
 import functools
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
@@ -33,19 +35,32 @@ def forward_flops_per_token(config: ModelConfig) -> float:
     return 2.0 * (config.n_layers * products + D * (config.vocab_size or 0) + attention)
 
 
-@functools.cache
-def _measured_cpu_flops() -> float:
-    """The speed of a float32 matrix product on all cores, best of ten: a CPU's peak is not in its name. Takes 0.5 s."""
-    alone = Mesh(jax.local_devices(backend="cpu")[:1], "x")
+def _best_seconds(multiply: Callable[..., Array], *arrays: np.ndarray) -> float:
+    """The best of ten on one device: a processor's peak is not in its name. Takes 0.5 s."""
+    alone = Mesh(jax.local_devices()[:1], "x")
     with jax.set_mesh(alone):  # the current mesh may have more devices
-        a = jax.device_put(np.ones((1024, 1024), np.float32))
-        multiply = jax.jit(jnp.matmul).lower(a, a).compile()
+        placed = [jax.device_put(array) for array in arrays]
+        compiled = jax.jit(multiply).lower(*placed).compile()
     seconds = []
     for _ in range(10):
         began = time.perf_counter()
-        multiply(a, a).block_until_ready()
+        compiled(*placed).block_until_ready()
         seconds.append(time.perf_counter() - began)
-    return 2 * 1024**3 / min(seconds)
+    return min(seconds)
+
+
+@functools.cache
+def measured_flops(dtype: str = "float32") -> float:
+    """Operations a second of a large matrix product on one device; on a CPU, of all its cores."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    return 2 * size**3 / _best_seconds(jnp.matmul, *[np.ones((size, size), jnp.dtype(dtype))] * 2)
+
+
+@functools.cache
+def measured_bandwidth() -> float:
+    """Bytes a second that one device reads from its memory: of a matrix of 256 MiB, multiplied by a vector."""
+    matrix = np.ones((1024, 2**16), np.float32)
+    return matrix.nbytes / _best_seconds(jnp.matmul, np.ones((1, 1024), np.float32), matrix)
 
 
 def peak_flops(mesh: Mesh) -> float | None:
@@ -53,6 +68,6 @@ def peak_flops(mesh: Mesh) -> float | None:
     CPUs it is measured: simulated devices share the same cores."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return _measured_cpu_flops() * jax.process_count()
+        return measured_flops() * jax.process_count()
     known = DEVICES.get(device.device_kind)
     return None if known is None else known["flops"] * mesh.size

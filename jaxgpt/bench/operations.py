@@ -1,0 +1,261 @@
+"""The operations of a transformer at one shape: what they need, what is right, and who can compute it.
+
+An oracle is the plain formula, written apart from what it checks; it is run in float64. FLOPs are those that the
+mathematics needs: half of a causal square.
+Letters: B batch, T length, S key length, D width, H heads, G key/value heads, R = H / G, K head width, F feed-forward
+width, V vocabulary, E experts, M experts of a token."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jaxgpt.config import ModelConfig, OptimizerConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.kernels.attention import attention, attention_mask, causal_attention
+from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy
+from jaxgpt.kernels.experts import mixture
+from jaxgpt.model import Transformer
+from jaxgpt.model.rotary import rotate
+from jaxgpt.training.optimizer import make_optimizer
+
+Function = Callable[..., Any]
+PRESETS: dict[str, dict[str, int]] = {
+    "small": dict(B=4, T=256, D=384, H=6, G=6, K=64, F=1536, V=4096, E=8, M=2),
+    "gpt2": dict(B=4, T=1024, D=768, H=12, G=12, K=64, F=3072, V=50304, E=8, M=2),
+    "llama3": dict(B=1, T=4096, D=4096, H=32, G=8, K=128, F=14336, V=128256, E=8, M=2),
+}
+
+
+class Operation(NamedTuple):
+    """An operation at one shape. An implementation that cannot run here is a text: why."""
+
+    letters: str  # that its shape is made of
+    inputs: tuple  # arrays, or trees of them
+    differentiable: tuple[int, ...]  # inputs; none where there is no backward pass
+    flops: float
+    oracle: Function
+    implementations: Mapping[str, Function | str]
+
+
+class Sizes(NamedTuple):
+    B: int
+    T: int
+    D: int
+    H: int
+    G: int
+    K: int
+    F: int
+    V: int
+    E: int
+    M: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Sizes":
+        """`gpt2`, or `gpt2,B=8,T=512`. Raises ConfigError."""
+        preset, *changes = text.split(",")
+        if preset not in PRESETS:
+            raise ConfigError(f"shapes {preset!r}: it must be one of {', '.join(PRESETS)}, with changes such as ,T=512")
+        sizes = dict(PRESETS[preset])
+        for change in changes:
+            letter, _, number = change.partition("=")
+            if letter not in sizes or not number.isdecimal() or not 0 < int(number) < 2**24:
+                raise ConfigError(
+                    f"shapes {change!r}: it must be one of {', '.join(sizes)} and a number, such as T=512"
+                )
+            sizes[letter] = int(number)
+        if sizes["H"] % sizes["G"] or sizes["K"] % 2 or sizes["M"] > sizes["E"]:
+            raise ConfigError(f"shapes {text}: G must divide H, K must be even, and M at most E")
+        return cls(**sizes)
+
+
+def _normal(*shape: int, std: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(sum(shape))
+    return (std * rng.standard_normal(shape, np.float32)).astype(np.float32)
+
+
+def _causal_oracle(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
+    k_BSHK, v_BSHK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK) / q_BTHK.shape[-1] ** 0.5
+    T, S = scores_BHTS.shape[2:]
+    seen_TS = np.tri(T, S, S - T, dtype=bool)[None, None]
+    return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(jnp.where(seen_TS, scores_BHTS, -jnp.inf)), v_BSHK)
+
+
+def _library_attention(implementation: str) -> Function:
+    causal = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    return lambda q, k, v: causal(q, k, v, is_causal=q.shape[1] == k.shape[1])
+
+
+def _splash(s: Sizes) -> Function:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    mask = masks.MultiHeadMask([masks.CausalMask((s.T, s.T))] * (s.H // s.G))
+    kernel = splash.make_splash_mqa(mask, head_shards=1, q_seq_shards=1)
+
+    def call(q_BTHK: Array, k_BTGK: Array, v_BTGK: Array) -> Array:
+        q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK * s.K**-0.5, k_BTGK, v_BTGK))
+        out_BGRTK = jax.vmap(jax.vmap(kernel))(q_BHTK.reshape(s.B, s.G, -1, s.T, s.K), k_BGTK, v_BGTK)
+        return jnp.swapaxes(out_BGRTK.reshape(q_BHTK.shape), 1, 2)
+
+    return call
+
+
+def _attention(s: Sizes, platform: str) -> Operation:
+    positions_BT: Any = np.broadcast_to(np.arange(s.T), (s.B, s.T))
+    mask_BTT = lambda: attention_mask(positions_BT, positions_BT)  # noqa: E731
+    keys = (s.B, s.T, s.G, s.K)
+    implementations = {
+        "blocks": lambda q, k, v: causal_attention(q, k, v, mask_BTT(), None, None),
+        "plain": lambda q, k, v: attention(q, k, v, mask_BTT(), None, None),
+        "jax.nn": _library_attention("xla"),
+        "jax.nn cudnn": _library_attention("cudnn") if platform == "gpu" else "only on an NVIDIA GPU",
+        "splash": _splash(s) if platform == "tpu" else "only on a TPU",
+    }
+    flops = 2 * s.B * s.H * s.K * s.T * (s.T + 1)
+    inputs = _normal(s.B, s.T, s.H, s.K), _normal(*keys), _normal(*keys)
+    return Operation("BTHGK", inputs, (0, 1, 2), flops, _causal_oracle, implementations)
+
+
+def _decode(s: Sizes, platform: str) -> Operation:
+    """One query for each text, over a full cache."""
+    mask: Any = np.ones((s.B, 1, s.T), bool)
+    keys = (s.B, s.T, s.G, s.K)
+
+    def multiply_and_add(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
+        q_BGRK = q_BTHK.reshape(s.B, s.G, s.H // s.G, s.K)
+        scores_BSGR = (q_BGRK[:, None] * k_BSGK[:, :, :, None]).sum(-1) * s.K**-0.5
+        weights_BSGR = jax.nn.softmax(scores_BSGR.astype(jnp.float32), axis=1)
+        return (weights_BSGR[..., None].astype(v_BSGK.dtype) * v_BSGK[:, :, :, None]).sum(1).reshape(q_BTHK.shape)
+
+    implementations = {
+        "plain": lambda q, k, v: attention(q, k, v, mask, None, None),
+        "multiply and add": multiply_and_add,
+        "jax.nn": _library_attention("xla"),
+        "jax.nn cudnn": _library_attention("cudnn") if platform == "gpu" else "only on an NVIDIA GPU",
+    }
+    inputs = _normal(s.B, 1, s.H, s.K), _normal(*keys), _normal(*keys)
+    return Operation("BTHGK", inputs, (), 4 * s.B * s.H * s.K * s.T, _causal_oracle, implementations)
+
+
+def _loss(s: Sizes, platform: str) -> Operation:
+    labels_BT = np.random.default_rng(0).integers(0, s.V, (s.B, s.T)).astype(np.int32)
+
+    def oracle(x_BTD: Array, w_VD: Array, labels_BT: Array) -> Array:
+        log_p_BTV = jax.nn.log_softmax(x_BTD @ w_VD.T)
+        return -jnp.take_along_axis(log_p_BTV, labels_BT[..., None], -1).sum() / labels_BT.size
+
+    def chunked(chunks: int) -> Function:
+        weights_BT = np.full((s.B, s.T), 1 / labels_BT.size, np.float32)
+        options = LossOptions(s.V, chunks=chunks)
+        return lambda x, w, labels: linear_cross_entropy(x, w, labels, jnp.asarray(weights_BT), options)[0]
+
+    def with_optax(x_BTD: Array, w_VD: Array, labels_BT: Array) -> Array:
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, labels_BT).mean()
+
+    implementations = {f"{n} chunks": chunked(n) for n in (8, 2, 1) if s.T % n == 0} | {"optax": with_optax}
+    inputs = _normal(s.B, s.T, s.D), _normal(s.V, s.D, std=s.D**-0.5), labels_BT
+    return Operation("BTDV", inputs, (0, 1), 2 * s.B * s.T * s.D * s.V, oracle, implementations)
+
+
+def _block(s: Sizes) -> Any:
+    config = ModelConfig(
+        n_layers=1, d_model=s.D, n_heads=s.H, n_kv_heads=s.G, head_dim=s.K, d_ff=s.F, vocab_size=1, norm="rmsnorm",
+        activation="silu", gated_mlp=True, mlp_bias=False,
+    )  # fmt: skip
+    return Transformer(config, jax.random.key(0)).unstacked().layers[0]  # type: ignore[index]
+
+
+def _norm(s: Sizes, platform: str) -> Operation:
+    def oracle(x_BTD: Array, norm: Any) -> Array:
+        return x_BTD / jnp.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * norm.scale[...][None, None]
+
+    implementations = {"jaxgpt": lambda x, norm: norm(x)}
+    inputs = _normal(s.B, s.T, s.D), _block(s).mlp_norm
+    return Operation("BTD", inputs, (0, 1), 4 * s.B * s.T * s.D, oracle, implementations)
+
+
+def _rope(s: Sizes, platform: str) -> Operation:
+    angles = np.arange(s.T)[:, None] * 10_000.0 ** (-np.arange(0, s.K, 2) / s.K)
+    turns = tuple(
+        np.broadcast_to(f(angles), (s.B, *angles.shape))[:, :, None].astype(np.float32) for f in (np.cos, np.sin)
+    )
+
+    def oracle(q_BTHK: Array, cos: Array, sin: Array) -> Array:
+        pairs = jax.lax.complex(*jnp.split(q_BTHK, 2, axis=-1)) * jax.lax.complex(cos, sin)
+        return jnp.concatenate([pairs.real, pairs.imag], -1)
+
+    implementations = {"jaxgpt": lambda q, cos, sin: rotate(q, (cos, sin))}
+    inputs = _normal(s.B, s.T, s.H, s.K), *turns
+    return Operation("BTHK", inputs, (0,), 3 * s.B * s.T * s.H * s.K, oracle, implementations)
+
+
+def _mlp(s: Sizes, platform: str) -> Operation:
+    def formula(x_BTD: Array, mlp: Any) -> Array:
+        up_DF, gate_DF, down_FD = (p.kernel[...] for p in (mlp.up, mlp.gate, mlp.down))
+        return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+    def merged(x_BTD: Array, mlp: Any) -> Array:
+        both = x_BTD @ jnp.concatenate([mlp.gate.kernel[...], mlp.up.kernel[...]], axis=1)
+        gate_BTF, up_BTF = jnp.split(both, 2, axis=-1)
+        return (jax.nn.silu(gate_BTF) * up_BTF) @ mlp.down.kernel[...]
+
+    implementations = {"jaxgpt": lambda x, mlp: mlp(x)[0], "gate and up merged": merged}
+    inputs = _normal(s.B, s.T, s.D), _block(s).mlp
+    return Operation("BTDF", inputs, (0, 1), 6 * s.B * s.T * s.D * s.F, formula, implementations)
+
+
+def _moe(s: Sizes, platform: str) -> Operation:
+    shape, rng = (s.B, s.T, s.M), np.random.default_rng(0)
+    experts_BTM = rng.random((s.B, s.T, s.E)).argsort(-1)[..., : s.M].astype(np.int32)
+
+    def every_expert(x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple) -> Array:
+        gate_EDF, up_EDF, down_EFD = matrices
+        weights_BTE = jnp.where(experts_BTM[..., None] == jnp.arange(s.E)[None, None, None], weights_BTM[..., None], 0).sum(2)
+        hidden_BTEF = jax.nn.silu(jnp.einsum("BTD,EDF->BTEF", x_BTD, gate_EDF))
+        hidden_BTEF *= jnp.einsum("BTD,EDF->BTEF", x_BTD, up_EDF) * weights_BTE[..., None].astype(x_BTD.dtype)
+        return jnp.einsum("BTEF,EFD->BTD", hidden_BTEF, down_EFD)
+
+    matrices = *(_normal(s.E, s.D, s.F, std=s.D**-0.5) for _ in "gu"), _normal(s.E, s.F, s.D, std=s.F**-0.5)
+    implementations = {
+        "ragged products": functools.partial(mixture, activate=jax.nn.silu),
+        "every expert": every_expert,
+    }
+    inputs = _normal(s.B, s.T, s.D), np.full(shape, 1 / s.M, np.float32), experts_BTM, matrices
+    return Operation("BTDFEM", inputs, (0, 3), 6 * s.B * s.T * s.M * s.D * s.F, every_expert, implementations)
+
+
+def _optimizer(s: Sizes, platform: str) -> Operation:
+    """AdamW without clipping, for one matrix."""
+    config = OptimizerConfig(warmup_steps=0, schedule="constant", clip_norm=0.0)
+    rule = make_optimizer(config, 2)
+    parameter, gradient = {"kernel": _normal(s.D, s.F)}, {"kernel": _normal(s.D, s.F, std=0.1)}
+    state = rule.update(gradient, rule.init(parameter), parameter)[1]
+
+    def update(parameter: Any, gradient: Any, state: Any) -> Any:
+        updates, state = rule.update(gradient, state, parameter)
+        return optax.apply_updates(parameter, updates), state
+
+    def oracle(parameter: Any, gradient: Any, state: Any) -> Any:
+        p, g, (m, v) = parameter["kernel"], gradient["kernel"], (x["kernel"] for x in state[1][1:])
+        m, v = config.beta1 * m + (1 - config.beta1) * g, config.beta2 * v + (1 - config.beta2) * g * g
+        step = m / (1 - config.beta1**2) / (jnp.sqrt(v / (1 - config.beta2**2)) + config.epsilon)
+        adam = state[1]._replace(count=state[1].count + 1, mu={"kernel": m}, nu={"kernel": v})
+        moved = {"kernel": p - config.peak_lr * (step + config.weight_decay * p)}
+        return moved, (state[0], adam, state[2], state[3]._replace(count=state[3].count + 1))
+
+    implementations = {"optax": update}
+    return Operation("DF", (parameter, gradient, state), (), 15 * s.D * s.F, oracle, implementations)
+
+
+OPERATIONS: dict[str, Callable[[Sizes, str], Operation]] = {
+    "attention": _attention, "decode": _decode, "loss": _loss, "norm": _norm, "rope": _rope, "mlp": _mlp, "moe": _moe,
+    "optimizer": _optimizer,
+}  # fmt: skip

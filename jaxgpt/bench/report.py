@@ -1,0 +1,155 @@
+"""Time several ways to compute the same thing, and show it: a table, a page with the roofline, one JSON document.
+
+Where other work goes on, times are worth little and ratios much. So what is compared takes turns, round after round,
+with a yardstick between (a matrix product and a read of the memory). A baseline keeps times as multiples of the
+yardstick's, and a row is slower only if three rounds in four are."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.errors import ConfigError, SlowerError, note
+from jaxgpt.files import read_json, write_atomically
+
+Row = dict[str, Any]
+SHORTEST = 0.005  # seconds that one sample takes at least: shorter calls are repeated
+COLUMNS = {  # heading, and how a value is shown
+    "error": ("error", "{:.0e}"), "ms": ("ms", "{:,.2f}"), "spread": ("+-", "{:.0%}"),
+    "gflops": ("GFLOP/s", "{:,.1f}"), "gbytes": ("GB/s", "{:,.1f}"), "roofline": ("roof", "{:.0%}"),
+    "tokens_per_second": ("tok/s", "{:,.0f}"), "mfu": ("MFU", "{:.1%}"), "mbu": ("MBU", "{:.0%}"),
+    "memory_mib": ("MiB", "{:,.1f}"), "compile_s": ("compile", "{:.1f} s"), "host_gap": ("host", "{:.1%}"),
+    "ratio": ("speed", "{:.2f}"),
+}  # fmt: skip
+
+
+class Contender(NamedTuple):
+    """One way to compute something. `call` runs it once; where it cannot run here, `figures` has the reason."""
+
+    name: str
+    implementation: str
+    call: Callable[[], Any] | None
+    figures: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How often a benchmark measures, and what it makes of it."""
+
+    rounds: int = 7  # Times that each program is measured, in turn with the others; the median counts.
+    html: Path | None = None  # Page to write, with a picture of the roofline.
+    save_baseline: Path | None = None  # File to keep the figures in, for a later comparison.
+    baseline: Path | None = None  # Such a file: what is slower now ends in exit status 1.
+    tolerance: float = 0.1  # Share by which a program may be slower than in the baseline.
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or not 0 <= self.tolerance < 100:
+            raise ConfigError(f"rounds {self.rounds}, tolerance {self.tolerance}: at least 1, and from 0 to 100")
+
+    def show(self, benchmark: str, rows: list[Row], limits: Row) -> None:
+        """Print, write, compare. Raises SlowerError with names, and ConfigError for the baseline of another device."""
+        device = jax.devices()[0].device_kind
+        document = {"benchmark": benchmark, "device": device, "jax": jax.__version__, "limits": limits, "rows": rows}
+        columns = {key: how for key, how in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+        print(" " * 24 + "".join(f"{heading:>9}" for heading, _ in columns.values()))
+        for name, group in groupby(rows, lambda row: row["name"]):
+            print(name)
+            for row in group:
+                cells = ("" if row.get(key) is None else how.format(row[key]) for key, (_, how) in columns.items())
+                line = "".join(f"{cell:>9}" for cell in cells).rstrip()
+                print(f"  {row['implementation']:<22}{line}  {row.get('reason', '')}".rstrip())
+        said = ", ".join(f"{name} {value:,.1f}" for name, value in limits.items())
+        print(f"{device}, jax {jax.__version__}{', measured here: ' * bool(said)}{said}")
+        encoded = json.dumps(document, allow_nan=False)
+        if self.html:
+            page = Path(__file__).with_name("report.html").read_text("utf-8")
+            write_atomically(self.html, page.replace("DOCUMENT", encoded.replace("<", "\\u003c")).encode())
+        if self.save_baseline:
+            write_atomically(self.save_baseline, encoded.encode() + b"\n")
+        print(encoded, flush=True)
+        if self.baseline:
+            self._compare(document, read_json(self.baseline, limit=2**24))
+
+    def _compare(self, now: Row, then: Row) -> None:
+        for what in ("benchmark", "device"):
+            if now[what] != then.get(what):
+                raise ConfigError(
+                    f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}: make another"
+                )
+        known = {(row["name"], row["implementation"]): row.get("relative") for row in then["rows"]}
+        slower, compared = [], 0
+        for row in now["rows"]:
+            if (quartiles := row.get("relative")) and (old := known.get((row["name"], row["implementation"]))):
+                compared += 1
+                if quartiles[0] > old[1] * (1 + self.tolerance):
+                    slower.append(
+                        f"{row['name']} {row['implementation']} takes {quartiles[1] / old[1]:.2f} times as long"
+                    )
+        if slower:
+            raise SlowerError(f"slower than {self.baseline}: {'; '.join(slower)}")
+        note(f"{compared} of the {len(known)} rows of {self.baseline} compared: none is slower")
+
+
+def _yardstick() -> Callable[[], Any]:
+    """A matrix product, and a read of 64 MiB."""
+    a, b = jnp.ones((512, 512)), jnp.ones(2**24)
+    compiled = jax.jit(lambda a, b: (a @ a, b.sum())).lower(a, b).compile()
+    return lambda: compiled(a, b)
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / repeats
+
+
+def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
+    """The figures of each contender and its time: `ms` the median, `spread` half the distance of the quartiles over
+    it, `relative` the quartiles of its time over the yardstick's, `ratio` the speed over that of the first of its name,
+    a median over rounds. Where calls return texts, as tokens, those that differ from the first one's are counted."""
+    rows = []
+    for name, group in groupby(contenders, lambda contender: contender.name):
+        calls, texts, here = [_yardstick()], [], []
+        for _, implementation, call, figures in group:
+            here.append(row := {"name": name, "implementation": implementation, **figures})
+            if call is None:
+                continue
+            try:
+                result = jax.block_until_ready(call())
+            except RuntimeError as error:  # such as a peer's compiler that is not there
+                row["reason"] = first_line(error)
+                continue
+            row["column"] = len(calls)
+            calls.append(call)
+            if isinstance(result, list):
+                texts.append(result)
+                row["reason"] = (
+                    f"{sum(a == b for a, b in zip(texts[0], result, strict=True))} of {len(result)} texts equal"
+                )
+        repeats = [max(1, round(SHORTEST / max(_seconds(call, 1), 1e-9))) for call in calls]
+        samples = np.array([[_seconds(*one) for one in zip(calls, repeats, strict=True)] for _ in range(rounds)])
+        for row in here:
+            if column := row.pop("column", None):
+                row |= _times(samples[:, column], samples[:, 0], samples[:, 1])
+        rows += here
+    return rows
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+def _times(seconds: np.ndarray, yardstick: np.ndarray, first: np.ndarray) -> Row:
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    times = {"ms": 1e3 * median, "spread": (high - low) / 2 / median, "ratio": np.median(first / seconds)}
+    relative = np.quantile(seconds / yardstick, [0.25, 0.5, 0.75]).tolist()
+    return {key: float(value) for key, value in times.items()} | {"relative": relative}

@@ -1,0 +1,114 @@
+"""Every implementation against its oracle, and the figures that say how far from the roofline it is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.bench import kernels, operations
+from jaxgpt.bench.kernels import absent_devices, contenders, with_roofline
+from jaxgpt.bench.operations import OPERATIONS, PRESETS, Operation, Sizes
+from jaxgpt.errors import ConfigError
+
+TINY = Sizes.parse("small,B=2,T=16,D=24,H=4,G=2,K=8,F=40,V=50,E=4")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_implementation_is_right(name: str) -> None:
+    """In float32, values and gradients; the largest error over the largest entry."""
+    found = list(contenders([name], TINY, "float32"))
+    assert {c.figures["error"] < 2e-6 for c in found if c.call} == {True}
+    passes = 1 if name in ("decode", "optimizer") else 2
+    assert len(found) == passes * len(OPERATIONS[name](TINY, "cpu").implementations)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "optimizer"])
+def test_bfloat16_is_compared_with_the_same_rounded_inputs(name: str) -> None:
+    errors = [c.figures["error"] for c in contenders([name], TINY, "bfloat16") if c.call]
+    assert all(1e-5 < error < 0.05 or name == "loss" for error in errors), errors
+
+
+def test_a_wrong_implementation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lets a query see the next key, and one that forgets part of a gradient."""
+
+    def broken(sizes: Sizes, platform: str) -> Operation:
+        operation = OPERATIONS["norm"](sizes, platform)
+        wrong = {"shifted": lambda x, norm: norm(x) + 1e-3, "stopped": lambda x, norm: norm(jax.lax.stop_gradient(x))}
+        return operation._replace(implementations=wrong)
+
+    monkeypatch.setitem(operations.OPERATIONS, "broken", broken)
+    shifted, stopped, shifted_gradient, stopped_gradient = contenders(["broken"], TINY, "float32")
+    assert shifted.figures["error"] > 1e-4 > stopped.figures["error"]
+    assert shifted_gradient.figures["error"] < 1e-4 < stopped_gradient.figures["error"]
+
+
+def test_what_cannot_run_here_is_listed_with_the_reason() -> None:
+    reasons = {c.implementation: c.figures["reason"] for c in contenders(["attention"], TINY, "float32") if not c.call}
+    assert reasons == {"jax.nn cudnn": "only on an NVIDIA GPU", "splash": "only on a TPU"}
+
+
+def test_the_roofline_is_the_nearer_of_two_bounds() -> None:
+    limits = {"GFLOP/s": 100.0, "GB/s": 10.0}
+    rows: list[dict[str, Any]] = [
+        {"ms": 20.0, "flops": 1e9, "bytes": 1e6},  # could take 10 ms for its operations
+        {"ms": 20.0, "flops": 1e6, "bytes": 1e8},  # could take 10 ms for its bytes
+        {"reason": "not here"},
+    ]
+    compute, memory, absent = with_roofline(rows, limits)
+    assert compute["roofline"] == memory["roofline"] == pytest.approx(0.5)
+    assert compute["gflops"] == pytest.approx(50) and memory["gbytes"] == pytest.approx(5)
+    assert compute["intensity"] == 1000 and "roofline" not in absent
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp", "loss"])
+def test_operations_are_counted_as_the_compiler_counts_them(name: str) -> None:
+    """XLA counts what the oracle computes, all keys of every query where attention needs half of them."""
+    operation = OPERATIONS[name](TINY, "cpu")
+    inputs = jax.tree.map(jnp.asarray, operation.inputs)
+    counted = jax.jit(operation.oracle).lower(*inputs).compile().cost_analysis()["flops"]
+    expected = operation.flops * (2 * TINY.T / (TINY.T + 1) if name == "attention" else 1)
+    assert expected <= counted < 1.35 * expected
+
+
+def test_a_changed_input_changes_what_is_timed() -> None:
+    """The inputs that take turns are equal, and none of them is a constant of the program."""
+    (first,) = [c for c in contenders(["decode"], TINY, "float32") if c.implementation == "plain"]
+    assert first.call
+    outs = [np.asarray(first.call()) for _ in range(3)]
+    assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("big", "shapes 'big': it must be one of small, gpt2, llama3"),
+        ("gpt2,Q=3", "shapes 'Q=3': it must be one of B, T"),
+        ("gpt2,T=0", "shapes 'T=0': it must"),
+        ("gpt2,T=x", "shapes 'T=x': it must"),
+        ("gpt2,T", "shapes 'T': it must"),
+        ("gpt2,G=5", "G must divide H"),
+    ],
+)
+def test_bad_shapes_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sizes.parse(text)
+
+
+def test_presets_change_by_letter() -> None:
+    assert Sizes.parse("gpt2,B=8,T=512")._asdict() == PRESETS["gpt2"] | {"B": 8, "T": 512}
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compile-for v99:2x2: .*; pip install 'jaxgpt.tpu.'"):
+        absent_devices("v99:2x2")
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_compile_for_a_tpu(name: str) -> None:
+    sizes = Sizes.parse("gpt2,B=1,E=2,T=256,V=1024")
+    rows = list(kernels.compiled_for(["v5e:2x2"], [name], sizes, "bfloat16"))
+    assert {row["reason"] for row in rows} <= {"compiles", "only on an NVIDIA GPU"}
+    assert any(row["implementation"] == "splash" for row in rows) == (name == "attention")

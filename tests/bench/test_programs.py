@@ -1,0 +1,146 @@
+"""Whole programs under the clock: the real step, the real engine, and peers that compute the same."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.bench import programs
+from jaxgpt.bench.programs import compilations, generations, random_batch, training_steps, with_speeds
+from jaxgpt.bench.report import measure
+from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.model import Transformer
+from jaxgpt.sharding import place_batch
+from jaxgpt.training.step import batch_loss, loss_options
+
+MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=32, vocab_size=61)
+CONFIG = TrainConfig(name="small", model=MODEL, training=TrainingConfig(batch_size=4))
+
+
+def test_the_step_is_timed_alone_and_in_the_loop(mesh_of: Callable[..., Any]) -> None:
+    with mesh_of():
+        alone, looped = with_speeds(measure(training_steps(CONFIG), rounds=3))
+    assert alone["tokens"] == looped["tokens"] == 4 * 32
+    assert alone["tokens_per_second"] == pytest.approx(128e3 / alone["ms"])
+    assert alone["memory_mib"] > 0.1 and alone["compile_s"] > 0
+
+
+def test_mfu_stays_below_one(mesh_of: Callable[..., Any]) -> None:
+    """Of a model that is one large product, which the device does about as fast as it can."""
+    model = dataclasses.replace(MODEL, n_layers=1, d_model=512, context_length=256, vocab_size=4096)
+    with mesh_of():
+        alone, _ = with_speeds(measure(training_steps(dataclasses.replace(CONFIG, model=model)), rounds=2))
+    assert 0.05 < alone["mfu"] < 1
+
+
+def test_a_trace_names_operations_by_their_source(
+    mesh_of: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mesh_of():
+        list(training_steps(CONFIG, tmp_path / "trace"))
+    first, *listed = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"traced into {tmp_path / 'trace'}; of ")
+    assert any("BTD,DF->BTF" in line for line in listed) and len(listed) <= 15
+    shares = [int(line.split()[2].rstrip("%")) for line in listed]
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 104
+
+
+def test_compilation_is_that_of_both_depths(mesh_of: Callable[..., Any]) -> None:
+    with mesh_of():
+        four, more = measure(compilations(CONFIG), rounds=1)
+    assert (four["implementation"], more["implementation"]) == ("4 layers", "24 layers")
+    assert four["ms"] > 100 and more["ratio"] > 1 / 4  # all layers are one loop
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("decode", ["decode 1 text", "decode 8 texts"]),
+        ("prefill", ["prefill 128 tokens"]),
+        ("generate", ["decode 1 text", "generate 32 requests"]),
+    ],
+)
+@pytest.mark.slow
+def test_generation_is_timed_with_the_engine(what: str, names: list[str], tiny_trained: Any) -> None:
+    found = list(generations(tiny_trained, what))
+    assert [c.name for c in found] == names
+    for contender in found:
+        assert contender.call
+        texts = contender.call()
+        tokens = 1 if what == "prefill" else contender.figures["tokens"]
+        assert sum(map(len, texts)) == tokens
+        assert texts == contender.call(), "a second call finds the keys of the first one"
+
+
+@pytest.fixture
+def tiny_trained(mesh_of: Callable[..., Any]) -> Any:
+    """A model without training, and a tokenizer of bytes."""
+    from types import SimpleNamespace
+
+    model = dataclasses.replace(MODEL, context_length=512, vocab_size=256)
+    tokenizer = SimpleNamespace(
+        vocab_size=256, bos_ids=[], end_ids=(), token_bytes=[bytes([i]) for i in range(256)], encode=None
+    )
+    with mesh_of():
+        yield SimpleNamespace(model=jax.jit(lambda: Transformer(model, jax.random.key(0)))(), tokenizer=tokenizer)
+
+
+def test_the_command_prints_a_document(run_cli: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = run_cli("bench kernels", "--op", "rope", "--shapes", "small,B=1,T=8", "--rounds", "1", "--html", str(page))
+    document = json.loads(done.out.splitlines()[-1])
+    assert done.status == 0 and [row["implementation"] for row in document["rows"]] == ["jaxgpt", "jaxgpt"]
+    assert document["limits"]["GB/s"] > 0 and page.stat().st_size > 5000
+    done = run_cli("bench kernels", "--op", "ropes")
+    assert done.status == 2 and "invalid choice 'ropes'" in done.err
+    done = run_cli("bench train", "X")
+    assert done.status == 2 and "configuration X: there is no such file" in done.err
+
+
+@pytest.mark.parity
+def test_the_torch_peer_computes_the_same_loss(mesh_of: Callable[..., Any]) -> None:
+    import torch
+
+    from jaxgpt.bench import peers
+
+    batch = random_batch(CONFIG)
+    with mesh_of():
+        model = Transformer(MODEL, jax.random.key(0))
+        placed = place_batch(batch)
+        ours = float(batch_loss(model, placed, placed.labels * 0 + 1 / placed.labels.size, loss_options(CONFIG))[0])
+    peer, flat = peers._Gpt(MODEL), lambda p: torch.from_numpy(np.array(p[...]).reshape(p.shape[0], -1))
+    with torch.no_grad():
+        peer.tokens.weight.copy_(torch.from_numpy(np.array(model.token_embedding[...])[:61]))
+        peer.places.weight.copy_(torch.from_numpy(np.array(model.position_embedding[...])))  # type: ignore[index]
+        for block, layer in zip(peer.blocks, model.unstacked().layers, strict=True):  # type: ignore[arg-type]
+            parts = [flat(p.kernel) for p in (layer.attention.query, layer.attention.key, layer.attention.value)]
+            block.qkv.weight.copy_(torch.cat(parts, 1).T)
+            block.output.weight.copy_(torch.from_numpy(np.array(layer.attention.output.kernel[...])).flatten(0, 1).T)
+            block.up.weight.copy_(flat(layer.mlp.up.kernel).T)
+            block.down.weight.copy_(flat(layer.mlp.down.kernel).T)
+            for linear in (block.qkv, block.output, block.up, block.down):
+                linear.bias.zero_()
+        tokens, labels = (torch.from_numpy(np.array(rows, np.int64)) for rows in (batch.tokens, batch.labels))
+        assert float(peer(tokens, labels)) == pytest.approx(ours, abs=1e-4)
+
+
+@pytest.mark.parity
+def test_torch_is_compared_with_its_own_model_only() -> None:
+    from jaxgpt.bench.peers import torch_training
+
+    rotary = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, positions="rotary"))
+    with pytest.raises(ConfigError, match="small is not nanoGPT's model"):
+        list(torch_training(rotary))
+    names = [c.implementation for c in torch_training(CONFIG)]
+    assert names == ["torch eager", "torch compiled"]
+
+
+def test_sizes_are_those_of_the_comparison() -> None:
+    shapes = {name: (c.model.n_layers, c.model.d_model, c.training.batch_size) for name, c in programs.SIZES.items()}
+    assert shapes == {"S": (6, 384, 16), "M": (4, 768, 4)}

@@ -1,0 +1,105 @@
+"""Timing in turns, and what is made of it: the table, the page, the last line, the comparison with a baseline."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxgpt.bench.report import Contender, Output, Row, measure
+from jaxgpt.errors import ConfigError, SlowerError
+
+ROWS: list[Row] = [
+    {"name": "loss <V>", "implementation": "a", "ms": 2.0, "ratio": 1.0, "relative": [0.9, 1.0, 1.1]},
+    {"name": "loss <V>", "implementation": "b", "reason": "only on a TPU"},
+]
+
+
+def slept(seconds: float) -> Callable[[], None]:
+    return lambda: time.sleep(seconds)
+
+
+def test_times_are_of_one_call_and_ratios_of_the_first() -> None:
+    slow, fast = measure(
+        [Contender("x", "slow", slept(0.02), {"tokens": 7}), Contender("x", "fast", slept(0.002), {})], rounds=5
+    )
+    assert 20 <= slow["ms"] < 40 and 2 <= fast["ms"] < 10
+    assert slow["ratio"] == 1 and 3 < fast["ratio"] <= 10.5
+    assert slow["tokens"] == 7 and slow["relative"][0] <= slow["relative"][1] <= slow["relative"][2]
+
+
+def test_each_name_has_its_own_first() -> None:
+    contenders = [Contender(name, "only", slept(0.001), {}) for name in "xyz"]
+    assert [row["ratio"] for row in measure(contenders, rounds=2)] == [1, 1, 1]
+
+
+def test_one_that_fails_is_listed_and_the_others_are_timed() -> None:
+    def fail() -> None:
+        raise RuntimeError("no compiler\nmore")
+
+    contenders = [Contender("x", "a", None, {"reason": "not here"}), Contender("x", "b", fail, {})]
+    absent, failed, fine = measure([*contenders, Contender("x", "c", slept(0.001), {})], rounds=2)
+    assert (absent["reason"], failed["reason"]) == ("not here", "no compiler")
+    assert "ms" not in absent | failed and fine["ratio"] == 1
+
+
+def test_texts_are_compared() -> None:
+    first, second = [[1, 2], [3]], [[1, 2], [4]]
+    _, other = measure([Contender("x", "a", lambda: first, {}), Contender("x", "b", lambda: second, {})], rounds=1)
+    assert other["reason"] == "1 of 2 texts equal"
+
+
+def test_the_last_line_is_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().show("kernels", ROWS, {"GFLOP/s": 100.0})
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {
+        "benchmark": "kernels", "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "limits": {"GFLOP/s": 100.0}, "rows": ROWS,
+    }  # fmt: skip
+    assert table[0].split() == ["ms", "speed"]
+    assert table[2].split() == ["a", "2.00", "1.00"] and table[3].split() == ["b", "only", "on", "a", "TPU"]
+    assert "measured here: GFLOP/s 100.0" in table[-1]
+
+
+def test_the_page_holds_the_document(tmp_path: Path) -> None:
+    """A name with < in it must not end the script."""
+    Output(html=tmp_path / "page.html").show("kernels", ROWS, {})
+    page = (tmp_path / "page.html").read_text("utf-8")
+    content = page.split('id="document">')[1].split("</script>")[0]
+    assert "<" not in content and json.loads(content)["rows"] == ROWS
+
+
+def changed(**figures: Any) -> list[Row]:
+    return [ROWS[0] | figures, ROWS[1]]
+
+
+def test_a_baseline_finds_what_is_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baseline = tmp_path / "baseline.json"
+    Output(save_baseline=baseline).show("kernels", ROWS, {})
+    now = Output(baseline=baseline)
+    now.show("kernels", changed(ms=9.0), {})  # the machine is slower, and so is the yardstick
+    assert "1 of the 2 rows" in capsys.readouterr().err
+    now.show("kernels", changed(relative=[1.05, 1.5, 1.6]), {})  # a quarter of the rounds is within the tolerance
+    with pytest.raises(SlowerError, match="loss <V> a takes 1.30 times as long") as error:
+        now.show("kernels", changed(relative=[1.2, 1.3, 1.4]), {})
+    assert error.value.exit_status == 1
+    Output(baseline=baseline, tolerance=0.3).show("kernels", changed(relative=[1.2, 1.3, 1.4]), {})
+
+
+def test_a_baseline_of_something_else_is_refused(tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline.json"
+    Output(save_baseline=baseline).show("kernels", ROWS, {})
+    with pytest.raises(ConfigError, match="is of benchmark kernels, this one is train"):
+        Output(baseline=baseline).show("train", ROWS, {})
+    baseline.write_text(baseline.read_text().replace(f'"{jax.devices()[0].device_kind}"', '"TPU v9"'))
+    with pytest.raises(ConfigError, match="is of device TPU v9"):
+        Output(baseline=baseline).show("kernels", ROWS, {})
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"tolerance": -1.0}, {"tolerance": float("nan")}])
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        Output(**options)
