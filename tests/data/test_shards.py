@@ -279,7 +279,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 def test_skipped_documents_are_listed(tmp_path: Path, pages: Path) -> None:
     (tmp_path / "a.jsonl").write_text((pages / "pages.jsonl").read_text() + '{"body": "x"}\n')
-    with pytest.raises(BadFileError, match=r"a.jsonl:202: there is no field 'text'"):
+    with pytest.raises(BadFileError, match=r"a.jsonl:202: .*there is no field 'text'"):
         prepare(tmp_path, tmp_path / "a.jsonl")
     _, (corpus,), said = prepare(tmp_path, tmp_path / "a.jsonl", max_bad_documents=1)
     assert any("skipped 1 bad documents; the first is a.jsonl:202" in line for line in said)
