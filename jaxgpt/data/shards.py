@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,23 +36,19 @@ class TokenStream:
         """starts: where documents begin, int64 [documents]; name_files: the files of names, and documents in each."""
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()
+        self._begins = [0, *self._ends[:-1]]
         self.starts = starts
         self._name_files = name_files
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def rows(self, begins: Sequence[int], length: int) -> np.ndarray:
-        """tokens[begin : begin + length] for each begin, int32 [B, length], zeros after the end of the stream."""
-        rows = np.zeros((len(begins), length), np.int32)
-        for row, begin in zip(rows, begins, strict=True):
-            filled, shard = 0, bisect_right(self._ends, begin)
-            while filled < length and shard < len(self._shards):
-                end = self._ends[shard]
-                part = self._shards[shard][begin + filled - end + len(self._shards[shard]) :][: length - filled]
-                row[filled : filled + len(part)] = part
-                filled, shard = filled + len(part), shard + 1
-        return rows
+    def window(self, begin: int, length: int) -> np.ndarray:
+        """tokens[begin : begin + length], fewer at the end of the stream."""
+        first, last = bisect_right(self._ends, begin), bisect_left(self._begins, begin + length)
+        near = zip(self._shards[first:last], self._begins[first:last], strict=False)
+        parts = [shard[max(begin - at, 0) : begin + length - at] for shard, at in near]
+        return np.concatenate([np.empty(0, np.int32), *parts])
 
     def names(self, begin: int, end: int) -> list[str]:
         """The names of the documents with a token in [begin, end)."""

@@ -37,7 +37,7 @@ def prepare(cache: Path, *paths: Path | str, **settings: object) -> tuple[Tokeni
 
 
 def tokens_of(stream: TokenStream) -> list[int]:
-    return stream.rows([0], len(stream))[0].tolist()
+    return stream.window(0, len(stream)).tolist()
 
 
 def documents_of(tokenizer: Tokenizer, stream: TokenStream) -> dict[str, str]:

@@ -63,7 +63,7 @@ def case(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     data = DataConfig(paths=(str(path),), val_fraction=0.33)
     tokenizer, (corpus,) = prepare_corpora(data, TokenizerConfig(vocab_size=500))
     assert "ß".encode() in tokenizer.token_bytes
-    ids = corpus.val.rows([0], len(corpus.val))[0]
+    ids = corpus.val.window(0, len(corpus.val))
     held_out = [tokenizer.decode(part) for part in np.split(ids, corpus.val.starts[1:])]
     is_a_part = set(held_out) <= set(documents)
     assert is_a_part and 20 < len(held_out) < len(documents) / 2
