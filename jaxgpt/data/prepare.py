@@ -1,7 +1,7 @@
 """Text to a tokenizer and token shards, once: the second run finds both in the cache by their content.
 
-The corpus is read up to three times, because tokenizing takes 20 times as long as reading: to choose what is held out,
-to train the tokenizer on the rest, and to write the shards."""
+The corpus is read several times, because tokenizing takes 20 times as long as reading: to choose what is held out, to
+train the tokenizer on the rest, to write the shards of each side, and to compress what is held out."""
 
 import hashlib
 import itertools
@@ -194,42 +194,33 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
 
 
 def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
-    gzip_bytes = 0
-
-    def documents() -> Iterator[Document]:
-        nonlocal gzip_bytes
-        for document in text.documents(held_out=split == "val"):
-            if split == "val":
-                gzip_bytes += len(compressor.compress(document.text.encode()))
-            yield document
-
     shards = finished_shards(directory, split)
     if shards:
         note(f"data {text.name}: going on after {len(shards)} finished {split} shards")
-    todo = itertools.islice(documents(), sum(shard["documents"] for shard in shards), None)
-    encoded = _encode(todo, tokenizer, f"data {text.name}: {split}")
+    done = sum(shard["documents"] for shard in shards)
+    documents = itertools.islice(text.documents(held_out=split == "val"), done, None)
+    encoded = _encode(documents, tokenizer, f"data {text.name}: {split}")
     while shard := write_shard(directory / f"{split}_{len(shards):05}", encoded, text.data.shard_tokens):
         shards.append(shard)
     entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
     if split == "val":
-        entry["gzip_bytes"] = gzip_bytes + len(compressor.flush())
+        compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
+        parts = (compressor.compress(document.text.encode()) for document in text.documents(held_out=True))
+        entry["gzip_bytes"] = sum(map(len, parts)) + len(compressor.flush())
     return {**entry, "shards": shards}
 
 
 def _encode(documents: Iterator[Document], tokenizer: Tokenizer, what: str) -> Iterator[tuple[Document, np.ndarray]]:
     """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
     dtype = token_dtype(tokenizer)
-    done, started = 0, time.monotonic()
-    reported = started
+    characters, reported = 0, time.monotonic()
     while batch := _take(documents):
         for document, ids in zip(batch, tokenizer.encode_batch([each.text for each in batch]), strict=True):
             yield document, np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
-        done += sum(len(each.text) for each in batch)
-        if (now := time.monotonic()) - reported > REPORT_SECONDS:
-            speed = done / 1e6 / (now - started)
-            note(f"{what}: {done / 1e6:,.1f} million characters tokenized, {speed:.1f} a second")
-            reported = now
+        characters += sum(len(each.text) for each in batch)
+        if time.monotonic() > reported + REPORT_SECONDS:
+            reported = time.monotonic()
+            note(f"{what}: {characters / 1e6:,.1f} million characters tokenized")
 
 
 def _take(documents: Iterator[Document]) -> list[Document]:

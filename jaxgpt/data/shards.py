@@ -8,7 +8,6 @@ last, it marks the shard as finished), then `tokenizer.model` and, last of all, 
 import hashlib
 import io
 import json
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,34 +82,24 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def write_shard(stem: Path, encoded: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
     """Write tokens of documents until `shard_tokens` is reached; returns counts and hashes, None without documents.
     Nothing counts before the side-car is there: after a kill the shard is written again from its first document."""
-    tokens = text_bytes = 0
-    starts: list[int] = []
-    names: list[str] = []
-    digest = hashlib.sha256()
-    temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        for document, ids in encoded:
-            starts.append(tokens)
-            names.append(document.name)
-            raw = ids.tobytes()
-            digest.update(raw)
-            file.write(raw)
-            tokens, text_bytes = tokens + len(ids), text_bytes + len(document.text.encode())
-            if tokens >= shard_tokens:
-                break
-        file.flush()
-        os.fsync(file.fileno())
+    content, starts, names, tokens, text_bytes = io.BytesIO(), [], [], 0, 0
+    for document, ids in encoded:
+        starts.append(tokens)
+        names.append(document.name)
+        content.write(ids.tobytes())
+        tokens, text_bytes = tokens + len(ids), text_bytes + len(document.text.encode())
+        if tokens >= shard_tokens:
+            break
     if not names:
-        temporary.unlink()
         return None
-    temporary.replace(f"{stem}.bin")
     offsets = io.BytesIO()
     np.save(offsets, np.array(starts, np.int64), allow_pickle=False)
-    write_atomically(stem.with_name(f"{stem.name}.offsets.npy"), offsets.getvalue())
-    counts = {"tokens": tokens, "documents": len(names), "bytes": text_bytes}
-    hashes = {"sha256": digest.hexdigest(), "offsets_sha256": hashlib.sha256(offsets.getvalue()).hexdigest()}
-    write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps({**counts, **hashes, "names": names}).encode())
-    return {**counts, **hashes}
+    shard: dict[str, Any] = {"tokens": tokens, "documents": len(names), "bytes": text_bytes}
+    for ending, key, written in (("bin", "sha256", content), ("offsets.npy", "offsets_sha256", offsets)):
+        write_atomically(Path(f"{stem}.{ending}"), written.getvalue())
+        shard[key] = hashlib.sha256(written.getvalue()).hexdigest()
+    write_atomically(Path(f"{stem}.json"), json.dumps({**shard, "names": names}).encode())
+    return shard
 
 
 def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
