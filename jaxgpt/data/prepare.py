@@ -6,7 +6,6 @@ train the tokenizer on the rest, to write the shards of each side, and to compre
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 import zlib
@@ -22,7 +21,7 @@ import numpy as np
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
 from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_meta, write_shard
-from jaxgpt.errors import BadFileError, ConfigError, note
+from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import locked, write_atomically
 from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -33,48 +32,37 @@ REPORT_SECONDS = 5.0
 def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Tokenizer, list[Corpus]]:
     """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there. Without
     `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a prepared
-    directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer. Raises
-    BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit."""
-    opened = [path for path in data.paths if _is_tokenized(path)]
-    texts = [path for path in data.paths if path not in opened]
-    groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in opened)]
-    corpora = [group[0] if group[0] in opened else TextCorpus(group, data) for group in groups if group]
-    chosen = _choose_tokenizer(tokenizer, opened, [each for each in corpora if isinstance(each, TextCorpus)], data)
+    directory is opened as it is, a corpus of its own, and brings its tokenizer. Raises BadFileError for unusable text
+    or shards, ConfigError for a vocabulary that does not fit."""
+    prepared = [path for path in data.paths if _is_prepared(Path(path))]
+    texts = [path for path in data.paths if path not in prepared]
+    groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in prepared)]
+    corpora = [Path(group[0]) if group[0] in prepared else TextCorpus(group, data) for group in groups if group]
+    chosen = _choose_tokenizer(tokenizer, corpora, data)
     return chosen, [
-        _prepare(corpus, chosen) if isinstance(corpus, TextCorpus) else open_tokenized(Path(corpus), chosen)
-        for corpus in corpora
+        open_tokenized(corpus, chosen) if isinstance(corpus, Path) else _prepare(corpus, chosen) for corpus in corpora
     ]
 
 
-def _is_tokenized(path: str) -> bool:
-    prepared = Path(path, "meta.json").exists() and _has_tokenizer(Path(path))
-    return prepared or (os.path.exists(path) and path.endswith(".bin")) or Path(path, "train.bin").exists()
+def _is_prepared(path: Path) -> bool:
+    """A directory of text may have a meta.json too, but no tokenizer."""
+    return (path / "meta.json").exists() and any((path / name).exists() for name in TOKENIZER_FILES)
 
 
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).exists() for name in TOKENIZER_FILES)
-
-
-def _choose_tokenizer(
-    config: TokenizerConfig, opened: list[str], corpora: list["TextCorpus"], data: DataConfig
-) -> Tokenizer:
-    """The configured tokenizer, else the one that the first tokenized path brings, else one trained on the text."""
-    if config.path:
-        return load_tokenizer(config.path)
-    if opened:
-        beside = Path(opened[0]) if os.path.isdir(opened[0]) else Path(opened[0]).parent
-        if not _has_tokenizer(beside):
-            raise ConfigError(f"data {opened[0]}: there is no tokenizer.model beside the tokens; set tokenizer.path")
-        return load_tokenizer(beside)
-    key = _key([corpus.digest for corpus in corpora], asdict(config))
-    path = data.cache_path / "tokenizers" / f"{key}.model"
+def _choose_tokenizer(config: TokenizerConfig, corpora: list["Path | TextCorpus"], data: DataConfig) -> Tokenizer:
+    """The configured tokenizer, else that of the first prepared directory, else one trained on the text."""
+    prepared = [corpus for corpus in corpora if isinstance(corpus, Path)]
+    if config.path or prepared:
+        return load_tokenizer(config.path or prepared[0])
+    texts = [corpus for corpus in corpora if isinstance(corpus, TextCorpus)]
+    path = data.cache_path / "tokenizers" / f"{_key([corpus.digest for corpus in texts], asdict(config))}.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         note(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
-        total = sum(corpus.survey.text_bytes for corpus in corpora)
-        texts = (document.text for corpus in corpora for document in corpus.documents(held_out=False))
-        trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
-        for corpus in corpora:
+        total = sum(corpus.survey.text_bytes for corpus in texts)
+        documents = (document.text for corpus in texts for document in corpus.documents(held_out=False))
+        trained = train_tokenizer(_sample(documents, total, config.training_bytes), config)
+        for corpus in texts:
             corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
         write_atomically(path, trained.model_bytes)
     return load_tokenizer(path)

@@ -3,7 +3,7 @@
 A prepared directory holds, for each split, `train_00000.bin` (little-endian uint16 or uint32 tokens, no header),
 `train_00000.offsets.npy` (int64 places where documents begin) and `train_00000.json` (counts, SHA-256, names; written
 last, it marks the shard as finished), then `tokenizer.model` and, last of all, `meta.json`. A document is
-[bos] text [eos]. Also opens nanoGPT's headerless uint16 `train.bin` and `val.bin`."""
+[bos] text [eos]."""
 
 import hashlib
 import io
@@ -70,7 +70,7 @@ class Corpus:
     vocab_size: int
     train: TokenStream
     val: TokenStream
-    val_bytes: int  # UTF-8 bytes of the held-out text; 0 when they are not known (nanoGPT)
+    val_bytes: int  # UTF-8 bytes of the held-out text
     val_gzip_bytes: int  # the same text after `gzip -9`: what any compressor gets without learning
     fingerprint: str  # changes when any token does; a resumed run compares it
 
@@ -118,11 +118,8 @@ def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[st
 
 def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES. Raises
-    BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer. Without meta.json it is
-    nanoGPT's."""
+    BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""
     path = directory / "meta.json"
-    if not path.exists():
-        return open_nanogpt(directory, tokenizer.vocab_size)
     meta = _read_json(path)
     if meta.get("format") != FORMAT:
         raise _bad(path, f"is of format {meta.get('format')}, and this version reads {FORMAT}")
@@ -164,19 +161,6 @@ def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype
 def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise _bad(path, "its SHA-256 is not the one in meta.json")
-
-
-def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
-    """Open nanoGPT's `train.bin` and, where it exists, `val.bin`: a directory, or the path of `train.bin`. Its
-    documents are not known, so that each split counts as one."""
-    train_path = path / "train.bin" if path.is_dir() else path
-    train = _map_tokens(train_path, np.dtype("<u2"))
-    val_path = train_path.with_name("val.bin")
-    val = _map_tokens(val_path, np.dtype("<u2")) if val_path.exists() else train[:0]
-    streams = [TokenStream([tokens], np.zeros(1, np.int64), []) for tokens in (train, val)]
-    digests = [hashlib.sha256(tokens.data).hexdigest() for tokens in (train, val)]
-    fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Corpus(str(path), train_path.parent, vocab_size, streams[0], streams[1], 0, 0, fingerprint)
 
 
 def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:

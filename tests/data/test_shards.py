@@ -17,10 +17,9 @@ import pytest
 
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data import prepare as prepare_module
-from jaxgpt.data.loader import Loader
 from jaxgpt.data.prepare import prepare_corpora
-from jaxgpt.data.shards import Corpus, TokenStream, open_nanogpt, open_tokenized
-from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.data.shards import Corpus, TokenStream, open_tokenized
+from jaxgpt.errors import BadFileError
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = TokenizerConfig(vocab_size=500, training_bytes=100_000)
@@ -226,26 +225,14 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path, pages: Path, te
         open_tokenized(corpus.directory, other)
 
 
-def test_prepared_and_nanogpt_directories_are_opened(tmp_path: Path, pages: Path, text_dir: Path) -> None:
+def test_prepared_directories_are_opened(tmp_path: Path, pages: Path, text_dir: Path) -> None:
     tokenizer, (corpus,), _ = prepare(tmp_path, pages)
-    nano = tmp_path / "nano"
-    nano.mkdir()
-    np.arange(5000, dtype="<u2").tofile(nano / "train.bin")
-    np.arange(70, dtype="<u2").tofile(nano / "val.bin")
-    same_tokenizer, corpora, _ = prepare(tmp_path, corpus.directory, nano, text_dir, weights=(0.5, 0.2, 0.3))
+    same_tokenizer, corpora, _ = prepare(tmp_path, corpus.directory, text_dir, weights=(0.5, 0.5))
     assert same_tokenizer.sha256 == tokenizer.sha256
     assert corpora[0].fingerprint == corpus.fingerprint and corpora[0].val_bytes == corpus.val_bytes
-    assert tokens_of(corpora[1].train) == list(range(5000)) and tokens_of(corpora[1].val) == list(range(70))
-    assert "argparse.py" in documents_of(tokenizer, corpora[2].train) | documents_of(tokenizer, corpora[2].val)
-    by_size = prepare(tmp_path, corpus.directory, nano, text_dir)[1]
-    assert [c.name for c in by_size] == [str(text_dir), corpora[0].name, str(nano)]  # all text first, as one corpus
-    with pytest.raises(BadFileError, match=r"training step 0: token .* is outside the vocabulary of 500"):
-        Loader(corpora[1:2], batch_size=64, sequence_length=64, seed=0)[0]
-    with pytest.raises(ConfigError, match=r"there is no tokenizer.model beside the tokens; set tokenizer.path"):
-        prepare(tmp_path, nano)
-    (nano / "train.bin").write_bytes(b"odd")
-    with pytest.raises(BadFileError, match="not a whole number of 2-byte tokens"):
-        open_nanogpt(nano / "train.bin", 500)
+    assert "argparse.py" in documents_of(tokenizer, corpora[1].train) | documents_of(tokenizer, corpora[1].val)
+    by_size = prepare(tmp_path, corpus.directory, text_dir)[1]
+    assert [c.name for c in by_size] == [str(text_dir), corpora[0].name]  # all text first, as one corpus
 
 
 def test_a_directory_of_text_with_its_own_meta_json_is_text(tmp_path: Path, text_dir: Path) -> None:
