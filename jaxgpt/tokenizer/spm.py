@@ -48,11 +48,10 @@ class SentencePieceTokenizer(Tokenizer):
             remedy = "leave tokenizer.path empty to train one that has them"
             raise BadFileError(f"{where} cannot reproduce every text: {needs}; {remedy}")
 
-    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
-        options: Any = dict(enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
+    def _cut(self, texts: list[str], special: bool) -> list[list[int]]:
         if len(texts) == 1:  # a thread would take 0.1 ms
-            return [self._model.encode(texts[0], **options)]
-        return self._model.encode(texts, num_threads=os.cpu_count() or 1, **options)
+            return [self._model.encode(texts[0])]
+        return self._model.encode(texts, num_threads=os.cpu_count() or 1)
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
