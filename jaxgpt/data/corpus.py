@@ -95,7 +95,7 @@ def _find(path: str, cache_dir: Path) -> list[Source]:
         found = [Source(Path(match), match) for match in sorted(glob(path, recursive=True)) if os.path.isfile(match)]
     found = [source for source in found if source.name.endswith(ENDINGS)]
     if not found:
-        raise BadFileError(f"data {path}: no file there ends in {' '.join(ENDINGS)}; check data.paths")
+        raise BadFileError(f"data {path}: there is no file that ends in {' '.join(ENDINGS)}; check data.paths")
     return found
 
 

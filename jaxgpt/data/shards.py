@@ -18,12 +18,12 @@ import numpy as np
 
 from jaxgpt.data.corpus import Document
 from jaxgpt.errors import BadFileError
-from jaxgpt.files import parse_json, write_atomically
+from jaxgpt.files import read_json, write_atomically
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 2
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
-REMEDY = "restore the directory, or remove it and prepare the text again"
+LONGEST_JSON = 2**30  # bytes; a side-car holds the name of each document
 
 
 class TokenStream:
@@ -106,7 +106,7 @@ def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
     """The side-cars of the shards that an earlier run finished, in order, without their names."""
     shards: list[dict[str, Any]] = []
     while (path := directory / f"{split}_{len(shards):05}.json").exists():
-        shards.append({name: value for name, value in _read_json(path).items() if name != "names"})
+        shards.append({name: value for name, value in read_json(path, LONGEST_JSON).items() if name != "names"})
     return shards
 
 
@@ -120,7 +120,7 @@ def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES. Raises
     BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""
     path = directory / "meta.json"
-    meta = _read_json(path)
+    meta = read_json(path, LONGEST_JSON)
     if meta.get("format") != FORMAT:
         raise _bad(path, f"is of format {meta.get('format')}, and this version reads {FORMAT}")
     try:
@@ -136,7 +136,7 @@ def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
         return Corpus(meta["name"], directory, tokenizer.vocab_size, train, val, *val_sizes, fingerprint)
     except FileNotFoundError as error:
         raise _bad(error.filename, "is missing") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _bad(path, f"has no usable field {error}") from None
 
 
@@ -145,9 +145,10 @@ def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype
     for number, shard in enumerate(shards):
         stem = directory / f"{split}_{number:05}"
         path, offsets_path = stem.with_suffix(".bin"), stem.with_suffix(".offsets.npy")
-        tokens, offsets = _map_tokens(path, dtype), offsets_path.read_bytes()
-        if len(tokens) != shard["tokens"]:
-            raise _bad(path, f"holds {len(tokens)} tokens where meta.json says {shard['tokens']}")
+        if path.stat().st_size != shard["tokens"] * dtype.itemsize:
+            raise _bad(path, f"has {path.stat().st_size} bytes where meta.json says {shard['tokens']} {dtype} tokens")
+        tokens = np.asarray(np.memmap(path, dtype, "r"))  # slices of np.memmap itself are 20 times slower
+        offsets = offsets_path.read_bytes()
         if base * dtype.itemsize < VERIFIED_BYTES:
             _verify(path, tokens.data, shard["sha256"])
         _verify(offsets_path, offsets, shard["offsets_sha256"])
@@ -163,17 +164,5 @@ def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
         raise _bad(path, "its SHA-256 is not the one in meta.json")
 
 
-def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
-    size = path.stat().st_size
-    if size % dtype.itemsize:
-        raise _bad(path, f"has {size} bytes, which is not a whole number of {dtype.itemsize}-byte tokens")
-    # asarray: slices of np.memmap itself are 20 times slower
-    return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path.read_bytes(), f"data {path}:", REMEDY)
-
-
 def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(f"data {path}: {why}; {REMEDY}")
+    return BadFileError(f"data {path}: {why}; restore the directory, or remove it and prepare the text again")

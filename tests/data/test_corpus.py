@@ -66,7 +66,7 @@ BAD = {
     "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-9], r"cut.jsonl.gz:\d+: the file cannot be read on: .*ended before"),
     "plain.jsonl.gz": (GOOD, "plain.jsonl.gz:1: the file cannot be read on: Not a gzipped file"),
     "no.parquet": (GOOD, "no.parquet:1: the file cannot be read on"),
-    "notes.pdf": (GOOD, "no file there ends in .txt"),
+    "notes.pdf": (GOOD, "there is no file that ends in .txt"),
 }
 
 

@@ -196,8 +196,7 @@ def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
     directory = corpus.directory
     meta = json.loads((directory / "meta.json").read_text())
     damages = [
-        ("train_00001.bin", lambda raw: raw[:-2], "holds .* tokens where meta.json says"),
-        ("train_00001.bin", lambda raw: raw[:-1], "has .* not a whole number of 2-byte tokens"),
+        ("train_00001.bin", lambda raw: raw[:-1], "has .* bytes where meta.json says"),
         ("train_00001.bin", lambda raw: None, "is missing"),
         ("val_00000.bin", lambda raw: raw[:50] + bytes([raw[50] ^ 4]) + raw[51:], "its SHA-256 is not"),
         ("train_00000.offsets.npy", lambda raw: raw[:-1] + b"\x01", "its SHA-256 is not"),
@@ -211,7 +210,7 @@ def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
     for name, damage, message in damages:
         with (
             changed(directory / name, damage((directory / name).read_bytes())),
-            pytest.raises(BadFileError, match=f"{name}: {message}") as caught,
+            pytest.raises(BadFileError, match=f"{name}:? {message}") as caught,
         ):
             open_tokenized(directory, tokenizer)
         assert "\n" not in str(caught.value)
