@@ -205,7 +205,12 @@ TRAINING_MISTAKES: list[tuple[str, Callable[[Path], Path] | None, int, str]] = [
     ("--data.paths {}", binary, 65, "binary.txt: holds NUL characters, so it is binary or UTF-16; repair it or raise"),
     ("--data.paths {}", broken_json, 65, "broken.jsonl:2: no text can be read from it: "),
     ("--data.paths {} --tokenizer.path TOKENIZER", small_text, 2, "data {}: "),
-    ("--data.paths {}", small_text, 2, "tokenizer.vocab_size 500: the text allows at most "),
+    (
+        "--data.paths {}",
+        small_text,
+        2,
+        "tokenizer of 500 pieces: Vocabulary size too high (500). Please set it to a value <= ",
+    ),
     ("--data.paths @pythn", None, 2, "data.paths: unknown builtin @pythn; did you mean @python?"),
     ("--tokenizer.path {}", missing, 65, "{}: there is no such file"),
     ("--tokenizer.path {}", no_model, 65, "tokenizer {} is not a SentencePiece model"),

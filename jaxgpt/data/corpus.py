@@ -64,21 +64,17 @@ class Problems:
         self.bad.append({"document": name, "error": why})
         self.count("skipped {} bad documents", f"{name}: {why}")
         if len(self.bad) > self.most_bad:
-            remedy = "repair it or raise data.max_bad_documents to skip such documents"
-            raise BadFileError(f"{name}: {why}; bad documents so far: {len(self.bad)}; {remedy}")
+            remedy = f"repair it or raise data.max_bad_documents from {self.most_bad} to skip such documents"
+            raise BadFileError(f"{name}: {why}; {remedy}")
 
     def lines(self) -> Iterator[str]:
         """One line for people about each kind of problem."""
         return (f"{what.format(number)}; the first is {first}" for what, (number, first) in self._seen.items())
 
 
-def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
-    """The files behind `data.paths`, sorted by name within each path. Raises BadFileError for a path without any,
-    ConfigError for an unknown @name, StorageError when @shakespeare cannot be downloaded."""
-    return [source for path in paths for source in _find(path, cache_dir)]
-
-
-def _find(path: str, cache_dir: Path) -> list[Source]:
+def find_sources(path: str, cache_dir: Path) -> list[Source]:
+    """The files behind one of `data.paths`, sorted by name. Raises BadFileError when there are none, ConfigError for an
+    unknown @name, StorageError when @shakespeare cannot be downloaded."""
     if path == "@python":
         found = _walk(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY)
         return [each for each in found if each.name.endswith(".py") and not _MACHINE_FILES.search(each.name)]
@@ -139,15 +135,16 @@ def read_documents(sources: Iterable[Source], config: DataConfig, problems: Prob
     """Every document of every source, in order. Raises BadFileError, naming file and line, for more
     than `problems.most_bad` documents that cannot be used."""
     for source in sources:
-        if source.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _of_rows(source, _json_lines(source.path), config.text_key, problems)
-        elif source.name.endswith(".parquet"):
-            yield from _of_rows(source, _parquet_rows(source.path, config.text_key), config.text_key, problems)
+        if source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            yield from _of_rows(source, config.text_key, problems)
         else:
             yield from _documents(source.name, _text_chunks(source, problems), problems)
 
 
-def _of_rows(source: Source, rows: Iterator[Any], key: str, problems: Problems) -> Iterator[Document]:
+def _of_rows(source: Source, key: str, problems: Problems) -> Iterator[Document]:
+    rows: Iterator[Any] = (
+        _parquet_rows(source.path, key) if source.path.suffix == ".parquet" else _json_lines(source.path)
+    )
     number = 0
     try:
         for number, row in enumerate(rows, 1):

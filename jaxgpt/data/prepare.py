@@ -92,7 +92,7 @@ class TextCorpus:
 
     def __init__(self, paths: list[str], data: DataConfig) -> None:
         self.name, self.data = ",".join(paths), data
-        self._sources = find_sources(paths, data.cache_path)
+        self._sources = [source for path in paths for source in find_sources(path, data.cache_path)]
         self._digests = self._digest_files()
         settings = {name: getattr(data, name) for name in ("text_key", "val_fraction", "max_bad_documents")}
         self.digest = _key(FORMAT, [source.name for source in self._sources], self._digests, settings)

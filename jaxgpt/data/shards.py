@@ -124,12 +124,11 @@ def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
     if meta.get("format") != FORMAT:
         raise _bad(path, f"is of format {meta.get('format')}, and this version reads {FORMAT}")
     try:
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         if meta["tokenizer_sha256"] != tokenizer.sha256:
             theirs, ours = meta["tokenizer_sha256"][:12], tokenizer.sha256[:12]
             remedy = f"set tokenizer.path to {directory / 'tokenizer.model'} or prepare the text again"
             raise BadFileError(f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; {remedy}")
-        splits = meta["splits"]
+        splits, dtype = meta["splits"], token_dtype(tokenizer)
         train, val = (_open_split(directory, split, splits[split]["shards"], dtype) for split in ("train", "val"))
         val_sizes = splits["val"]["bytes"], splits["val"]["gzip_bytes"]
         fingerprint = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

