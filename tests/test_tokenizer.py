@@ -137,7 +137,7 @@ def test_a_vocabulary_that_does_not_fit_names_one_that_does(kind: str) -> None:
     texts = sources()[:1]
     with pytest.raises(ConfigError, match="of 60000 pieces: Vocabulary size too high") as caught:
         train_tokenizer(texts, TokenizerConfig(kind=kind, vocab_size=60_000))  # type: ignore[arg-type]
-    most = int(str(caught.value).split("value <= ")[1].split(".")[0])
+    most = int(str(caught.value).split("value <= ")[1].split(";")[0])
     assert train_tokenizer(texts, TokenizerConfig(kind=kind, vocab_size=most)).vocab_size == most  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"of 270 pieces: Vocabulary size is smaller than required_chars. 270 vs \d+"):
         train_tokenizer(texts, TokenizerConfig(kind=kind, vocab_size=270))  # type: ignore[arg-type]
