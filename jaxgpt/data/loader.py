@@ -1,4 +1,4 @@
-"""Token streams to batches: batch `step` is a pure function of the seed and the step, for any number of hosts.
+"""Token streams to batches: batch `step` is a pure function of the seed and the step.
 
 Row r of step s is draw s * batch_size + r. Grain says which window of which corpus that is, in any order: it mixes the
 corpora and shuffles each anew for every epoch, at about 10 us a row (more below 1,000 windows: 0.3 ms for 100). It also
@@ -56,11 +56,10 @@ class Loader:
         batch_size: int,
         sequence_length: int,
         seed: int,
-        rows: slice = slice(None),
     ) -> None:
-        """weights: share of the rows from each corpus, by default its share of the tokens; rows: this host's part.
-        Raises ConfigError when a corpus is shorter than one sequence."""
-        self._batch_size, self._length, self._rows = batch_size, sequence_length, rows
+        """weights: share of the rows from each corpus, by default its share of the tokens. Raises ConfigError when a
+        corpus is shorter than one sequence."""
+        self._batch_size, self._length = batch_size, sequence_length
         for corpus in corpora:
             if len(corpus.train) <= sequence_length:
                 why = f"{len(corpus.train)} training tokens are fewer than one sequence of {sequence_length} and its"
@@ -75,19 +74,18 @@ class Loader:
         self._order = grain.MapDataset.mix(orders, weights or counts)
 
     def _draw(self, step: int) -> list[tuple[Corpus, int]]:
-        """(corpus, first token) of each row of this host."""
-        draws = range(step * self._batch_size, (step + 1) * self._batch_size)
-        return [self._order[draw] for draw in draws[self._rows]]
+        """(corpus, first token) of each row."""
+        return [self._order[draw] for draw in range(step * self._batch_size, (step + 1) * self._batch_size)]
 
     def __getitem__(self, step: int) -> Batch:
-        """This host's rows of batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
+        """Batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
         return _read("train", self._draw(step), self._length, f"training step {step}")
 
     def __len__(self) -> int:
         return 2**31  # steps that can be asked for: training never runs out
 
     def documents(self, step: int) -> list[str]:
-        """The names of the documents in this host's rows of batch `step`, for error reports."""
+        """The names of the documents in batch `step`, for error reports."""
         windows = [corpus.train.names(begin, begin + self._length) for corpus, begin in self._draw(step)]
         return list(dict.fromkeys(itertools.chain(*windows)))
 
@@ -100,17 +98,9 @@ class Loader:
 class EvalWindows:
     """The held-out windows of every corpus in order, never shuffled; `windows[i]` is the i-th batch."""
 
-    def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        *,
-        batch_size: int,
-        sequence_length: int,
-        batches: int = 0,
-        rows: slice = slice(None),
-    ) -> None:
-        """batches: take only this many, evenly spaced over all windows; 0 takes all. rows: this host's part of each."""
-        self._length, self._rows = sequence_length, rows
+    def __init__(self, corpora: Sequence[Corpus], *, batch_size: int, sequence_length: int, batches: int = 0) -> None:
+        """batches: take only this many, evenly spaced over all windows; 0 takes all."""
+        self._length = sequence_length
         windows = [(corpus, i) for corpus in corpora for i in range(0, len(corpus.val) - 1, sequence_length)]
         count, wanted = len(windows), batches * batch_size
         if 0 < wanted < count:
@@ -123,7 +113,7 @@ class EvalWindows:
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`; rows after the last window are padding. Raises IndexError behind the last batch."""
-        return _read("val", self._batches[index][self._rows], self._length, f"evaluation batch {index}")
+        return _read("val", self._batches[index], self._length, f"evaluation batch {index}")
 
 
 def _read(split: str, rows: Sequence[tuple[Corpus, int]], length: int, where: str) -> Batch:

@@ -98,15 +98,6 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert all(equal(next(iterator), other[step]) for step in range(5, 25))
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_together_read_the_global_batch(hosts: int) -> None:
-    corpora = [corpus(3000), corpus(700, 1)]
-    parts = [loader(corpora, (0.6, 0.4), rows=slice(h * 8 // hosts, (h + 1) * 8 // hosts)) for h in range(hosts)]
-    for step in range(30):
-        whole = [np.concatenate(fields) for fields in zip(*(part[step] for part in parts), strict=True)]
-        assert equal(Batch(*whole), loader(corpora, (0.6, 0.4))[step])
-
-
 def drawn(data: Loader, step: int) -> np.ndarray:
     """(number of the corpus, first token) of each row, [2, B]."""
     return np.array([(int(corpus.name.split()[1]), begin) for corpus, begin in data._draw(step)]).T
@@ -142,8 +133,6 @@ def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
         windows[8]
     some = EvalWindows(corpora, batch_size=4, sequence_length=T, batches=2)
     assert len(some) == 2 and np.diff(some[0].tokens[:, 0]).tolist() == [48, 64, 48]
-    host = EvalWindows(corpora, batch_size=4, sequence_length=T, rows=slice(2, 4))
-    assert all(equal(host[i], Batch(*(field[2:] for field in batches[i]))) for i in range(len(windows)))
     assert len(EvalWindows([corpus(100)], batch_size=4, sequence_length=T)) == 0
 
 
