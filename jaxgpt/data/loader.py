@@ -81,9 +81,6 @@ class Loader:
         """Batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
         return _read("train", self._draw(step), self._length, f"training step {step}")
 
-    def __len__(self) -> int:
-        return 2**31  # steps that can be asked for: training never runs out
-
     def documents(self, step: int) -> list[str]:
         """The names of the documents in batch `step`, for error reports."""
         windows = [corpus.train.names(begin, begin + self._length) for corpus, begin in self._draw(step)]
@@ -92,7 +89,7 @@ class Loader:
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, read ahead by one background thread."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
-        return iter(grain.MapDataset.source(self).slice(slice(start_step, None)).to_iter_dataset(options))
+        return iter(grain.MapDataset.range(start_step, 2**31).map(self.__getitem__).to_iter_dataset(options))
 
 
 class EvalWindows:

@@ -29,15 +29,13 @@ LONGEST_JSON = 2**30  # bytes; a side-car holds the name of each document
 class TokenStream:
     """All shards of one split as one sequence of tokens, memory-mapped."""
 
-    def __init__(
-        self, shards: Sequence[np.ndarray], starts: np.ndarray, name_files: Sequence[tuple[Path, int]]
-    ) -> None:
-        """starts: where documents begin, int64 [documents]; name_files: the files of names, and documents in each."""
+    def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray, names: Sequence[tuple[Path, int]]) -> None:
+        """starts: where documents begin, int64 [documents]; names: files of their names, and how many are in each."""
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()
         self._begins = [0, *self._ends[:-1]]
         self.starts = starts
-        self._name_files = name_files
+        self._names = names
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -54,7 +52,7 @@ class TokenStream:
         first = max(int(np.searchsorted(self.starts, begin, "right")) - 1, 0)
         last = int(np.searchsorted(self.starts, end, "left"))
         found, base = [], 0
-        for path, count in self._name_files:
+        for path, count in self._names:
             if base < last and first < base + count:
                 found += json.loads(path.read_text())["names"][max(first - base, 0) : last - base]
             base += count
@@ -140,7 +138,7 @@ def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
 
 
 def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype: np.dtype) -> TokenStream:
-    opened, starts, name_files, base = [], [np.empty(0, np.int64)], [], 0
+    opened, starts, names, base = [], [np.empty(0, np.int64)], [], 0
     for number, shard in enumerate(shards):
         stem = directory / f"{split}_{number:05}"
         path, offsets_path = stem.with_suffix(".bin"), stem.with_suffix(".offsets.npy")
@@ -153,9 +151,9 @@ def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype
         _verify(offsets_path, offsets, shard["offsets_sha256"])
         opened.append(tokens)
         starts.append(np.load(io.BytesIO(offsets), allow_pickle=False) + base)
-        name_files.append((stem.with_suffix(".json"), shard["documents"]))
+        names.append((stem.with_suffix(".json"), shard["documents"]))
         base += len(tokens)
-    return TokenStream(opened, np.concatenate(starts), name_files)
+    return TokenStream(opened, np.concatenate(starts), names)
 
 
 def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
