@@ -143,6 +143,6 @@ def test_a_vocabulary_that_does_not_fit_names_one_that_does(kind: str) -> None:
         train_tokenizer(texts, TokenizerConfig(kind=kind, vocab_size=270))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no text"):
         train_tokenizer([], TokenizerConfig(kind=kind))  # type: ignore[arg-type]
-    for name in ("<s>", "<0x41>"):
+    for name in ("<unk>", "<0x41>"):
         with pytest.raises(ConfigError, match=name):
             train_tokenizer(texts, TokenizerConfig(vocab_size=400, special_tokens=(name,)))

@@ -15,7 +15,6 @@ from jaxgpt.data.shards import Corpus, TokenStream
 from jaxgpt.errors import BadFileError, ConfigError
 
 Ints = Any  # a NumPy array on the host, a JAX array on the devices
-_READ_AHEAD = 8  # batches
 
 
 class Batch(NamedTuple):
@@ -88,7 +87,7 @@ class Loader:
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, read ahead by one background thread."""
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
         return iter(grain.MapDataset.range(start_step, 2**31).map(self.__getitem__).to_iter_dataset(options))
 
 

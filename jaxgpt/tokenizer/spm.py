@@ -58,8 +58,6 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     so that line ends and indentation are learned too (a model trained on lines needs 6 % more tokens for Python), cut
     at U+2581: no piece is learned that the encoder would never use. Tabs stay single bytes: SentencePiece keeps them
     for itself. Raises ConfigError when the vocabulary does not fit the text or there is no text."""
-    if reserved := {"<pad>", "<s>", "</s>", "<unk>"}.intersection(config.special_tokens):
-        raise ConfigError(f"tokenizer.special_tokens: {', '.join(sorted(reserved))} exists already; leave it out")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
