@@ -38,8 +38,8 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it becomes batches."""
 
-    # Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared or nanoGPT .bin directory;
-    # or @python (this interpreter's standard library) or @shakespeare (38 plays).
+    # Files, directories or globs of .txt .md .py .jsonl .jsonl.gz .parquet; a prepared
+    # directory; or @python (this interpreter's standard library) or @shakespeare (38 plays).
     paths: tuple[str, ...] = ("@python",)
     weights: tuple[float, ...] = ()  # Mixture weights, one for each path; without them all paths are one corpus.
     text_key: str = "text"  # Field or column that holds the text in .jsonl and .parquet.

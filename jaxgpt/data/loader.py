@@ -1,9 +1,10 @@
-"""Token streams to batches: batch `step` is a pure function of the seed and the step, for any number of hosts.
+"""Token streams to batches: batch `step` is a pure function of the seed and the step.
 
 Row r of step s is draw s * batch_size + r. Grain says which window of which corpus that is, in any order: it mixes the
-corpora and shuffles each anew for every epoch, at about 10 us a row (more below 1,000 windows: 0.3 ms for 100). A whole
-batch of windows is computed by a few numpy calls, and Grain reads ahead in a background thread."""
+corpora and shuffles each anew for every epoch, at about 10 us a row (more below 1,000 windows: 0.3 ms for 100). It also
+reads ahead in a background thread."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from jaxgpt.data.shards import Corpus, TokenStream
 from jaxgpt.errors import BadFileError, ConfigError
 
 Ints = Any  # a NumPy array on the host, a JAX array on the devices
-_READ_AHEAD = 8  # batches
 
 
 class Batch(NamedTuple):
@@ -26,24 +26,22 @@ class Batch(NamedTuple):
     positions: Ints  # counts tokens from 0 at the start of each document, and at the start of the row
 
 
-def make_batch(stream: TokenStream, begins: np.ndarray, length: int) -> Batch:
-    """Windows stream[begin : begin + length] as a batch; what lies behind the end of the stream is padding."""
-    window = stream.rows(begins.tolist(), length + 1)
-    is_start = np.zeros(window.shape, bool)
-    first = np.searchsorted(stream.starts, begins)
-    last = np.searchsorted(stream.starts, begins + length, "right")
-    for row, (low, high, begin) in enumerate(zip(first.tolist(), last.tolist(), begins.tolist(), strict=True)):
-        is_start[row, stream.starts[low:high] - begin] = True
-    starts = is_start[:, :-1]
-    columns = np.arange(length, dtype=np.int32)
-    positions = columns - np.maximum.accumulate(np.where(starts, columns, np.int32(0)), axis=1)
-    segment_ids = 1 + np.cumsum(starts, axis=1, dtype=np.int32) - starts[:, :1]
-    left = (len(stream) - begins)[:, None]  # tokens from the window's begin to the end of the stream
-    labels = np.where(is_start[:, 1:] | (columns + 1 >= left), np.int32(-1), window[:, 1:])
-    if left.min() < length:
-        inside = columns < left
-        segment_ids, positions = np.where(inside, segment_ids, 0), np.where(inside, positions, 0)
-    return Batch(window[:, :-1], labels, segment_ids, positions)
+def make_batch(rows: Sequence[tuple[TokenStream, int]], length: int) -> Batch:
+    """For each (stream, begin) the window stream[begin : begin + length], padded behind the end of the stream."""
+    batch = Batch(*np.zeros((len(Batch._fields), len(rows), length), np.int32))
+    batch.labels[:] = -1
+    for (stream, begin), tokens, labels, segment_ids, positions in zip(rows, *batch, strict=True):
+        window = stream.window(begin, length + 1)
+        count, following = len(window[:length]), window[1:]
+        first, last = np.searchsorted(stream.starts, (begin + 1, begin + length + 1))
+        starts = stream.starts[first:last] - begin  # of the documents but the first: from 1 to length
+        begins, lengths = np.append(0, starts), np.diff(starts, prepend=0, append=count)
+        tokens[:count] = window[:length]
+        labels[: len(following)] = following
+        labels[starts - 1] = -1
+        segment_ids[:count] = np.repeat(np.arange(1, len(begins) + 1), lengths)
+        positions[:count] = np.arange(count) - np.repeat(begins, lengths)
+    return batch
 
 
 class Loader:
@@ -57,105 +55,69 @@ class Loader:
         batch_size: int,
         sequence_length: int,
         seed: int,
-        rows: slice = slice(None),
     ) -> None:
-        """weights: share of the rows from each corpus, by default its share of the tokens; rows: this host's part.
-        Raises ConfigError when a corpus is shorter than one sequence."""
-        self._corpora, self._length = corpora, sequence_length
-        self._batch_size, self._rows = batch_size, np.arange(batch_size)[rows]
+        """weights: share of the rows from each corpus, by default its share of the tokens. Raises ConfigError when a
+        corpus is shorter than one sequence."""
+        self._batch_size, self._length = batch_size, sequence_length
         for corpus in corpora:
             if len(corpus.train) <= sequence_length:
                 why = f"{len(corpus.train)} training tokens are fewer than one sequence of {sequence_length} and its"
                 raise ConfigError(f"data {corpus.name}: {why} last label; lower model.context_length or add text")
-        # The windows of all corpora are numbered; the last label of a window is the token after it.
-        counts = np.array([(len(corpus.train) - 1) // sequence_length for corpus in corpora])
-        self._ends = np.cumsum(counts)
-        self._firsts = self._ends - counts
-        seeds = np.random.SeedSequence(seed).generate_state(len(corpora))
-        ranges = zip(self._firsts.tolist(), self._ends.tolist(), seeds.tolist(), strict=True)
-        orders = [grain.MapDataset.range(first, end).shuffle(seed=own).repeat() for first, end, own in ranges]
-        self._order = grain.MapDataset.mix(orders, weights or counts.tolist())
+        counts = [(len(corpus.train) - 1) // sequence_length for corpus in corpora]  # a last label is the token after
+        self.steps_per_epoch = sum(counts) / batch_size  # draws as many windows as there are (with weights: on average)
+        seeds = np.random.SeedSequence(seed).generate_state(len(corpora)).tolist()
+        orders = [
+            grain.MapDataset.range(count).shuffle(seed=own).repeat().map(lambda i, c=corpus: (c, i * sequence_length))
+            for corpus, count, own in zip(corpora, counts, seeds, strict=True)
+        ]
+        self._order = grain.MapDataset.mix(orders, weights or counts)
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps after which as many windows were drawn as there are (with weights: of a mean corpus)."""
-        return float(self._ends[-1] / self._batch_size)
-
-    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(corpus, first token) of each row of this host, int64 [B]."""
-        draws = step * self._batch_size + self._rows
-        windows = np.array([self._order[draw] for draw in draws.tolist()])
-        corpus = np.searchsorted(self._ends, windows, "right")
-        return corpus, (windows - self._firsts[corpus]) * self._length
+    def _draw(self, step: int) -> list[tuple[Corpus, int]]:
+        """(corpus, first token) of each row."""
+        return [self._order[draw] for draw in range(step * self._batch_size, (step + 1) * self._batch_size)]
 
     def __getitem__(self, step: int) -> Batch:
-        """This host's rows of batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
-        corpus_of_row, begins = self._draw(step)
-        return _read(self._corpora, "train", corpus_of_row, begins, self._length, f"training step {step}")
-
-    def __len__(self) -> int:
-        return 2**31  # steps that can be asked for: training never runs out
+        """Batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
+        return _read("train", self._draw(step), self._length, f"training step {step}")
 
     def documents(self, step: int) -> list[str]:
-        """The names of the documents in this host's rows of batch `step`, for error reports."""
-        names: dict[str, None] = {}
-        for number, begin in zip(*self._draw(step), strict=True):
-            names |= dict.fromkeys(self._corpora[number].train.names(begin, begin + self._length))
-        return list(names)
+        """The names of the documents in batch `step`, for error reports."""
+        windows = [corpus.train.names(begin, begin + self._length) for corpus, begin in self._draw(step)]
+        return list(dict.fromkeys(itertools.chain(*windows)))
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, read ahead by one background thread."""
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
-        return iter(grain.MapDataset.source(self).slice(slice(start_step, None)).to_iter_dataset(options))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        return iter(grain.MapDataset.range(start_step, 2**31).map(self.__getitem__).to_iter_dataset(options))
 
 
 class EvalWindows:
     """The held-out windows of every corpus in order, never shuffled; `windows[i]` is the i-th batch."""
 
-    def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        *,
-        batch_size: int,
-        sequence_length: int,
-        batches: int = 0,
-        rows: slice = slice(None),
-    ) -> None:
-        """batches: take only this many, evenly spaced over all windows; 0 takes all. rows: this host's part of each."""
-        self._corpora, self._length, self._rows = corpora, sequence_length, rows
-        begins = [np.arange(0, len(corpus.val) - 1, sequence_length) for corpus in corpora]
-        corpus_of_window = np.repeat(np.arange(len(corpora)), [len(each) for each in begins])
-        windows = np.stack([corpus_of_window, np.concatenate(begins)])
-        count, wanted = windows.shape[1], batches * batch_size
+    def __init__(self, corpora: Sequence[Corpus], *, batch_size: int, sequence_length: int, batches: int = 0) -> None:
+        """batches: take only this many, evenly spaced over all windows; 0 takes all."""
+        self._length = sequence_length
+        windows = [(corpus, i) for corpus in corpora for i in range(0, len(corpus.val) - 1, sequence_length)]
+        count, wanted = len(windows), batches * batch_size
         if 0 < wanted < count:
-            windows = windows[:, np.arange(wanted) * count // wanted]
-        behind = [[len(corpora) - 1], [len(corpora[-1].val)]]  # a window of nothing but padding
-        padding = np.repeat(behind, -windows.shape[1] % batch_size, axis=1)
-        self._windows = np.concatenate([windows, padding], axis=1).reshape(2, -1, batch_size)
+            windows = [windows[i * count // wanted] for i in range(wanted)]
+        windows += [(corpora[-1], len(corpora[-1].val))] * (-len(windows) % batch_size)  # nothing but padding
+        self._batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
 
     def __len__(self) -> int:
-        return self._windows.shape[1]
+        return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`; rows after the last window are padding. Raises IndexError behind the last batch."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"evaluation batch {index}: there are {len(self)}")
-        corpus_of_row, begins = self._windows[:, index, self._rows]
-        return _read(self._corpora, "val", corpus_of_row, begins, self._length, f"evaluation batch {index}")
+        return _read("val", self._batches[index], self._length, f"evaluation batch {index}")
 
 
-def _read(
-    corpora: Sequence[Corpus], split: str, corpus_of_row: np.ndarray, begins: np.ndarray, length: int, where: str
-) -> Batch:
-    """The windows at `begins`, each in its row's corpus; raises BadFileError for a token outside the vocabulary."""
-    batch = Batch(*(np.empty((len(begins), length), np.int32) for _ in Batch._fields))
-    for number in np.unique(corpus_of_row):
-        chosen, corpus = corpus_of_row == number, corpora[number]
-        part = make_batch(getattr(corpus, split), begins[chosen], length)
-        highest = max(part.tokens.max(), part.labels.max())
-        if highest >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
-            why = f"token {highest} is outside the vocabulary of {corpus.vocab_size}"
-            raise BadFileError(f"data {corpus.name}, {where}: {why}; use its tokenizer or prepare the text again")
-        for whole, piece in zip(batch, part, strict=True):
-            whole[chosen] = piece
+def _read(split: str, rows: Sequence[tuple[Corpus, int]], length: int, where: str) -> Batch:
+    """The windows of a split as a batch; raises BadFileError for a token outside the vocabulary."""
+    batch = make_batch([(getattr(corpus, split), begin) for corpus, begin in rows], length)
+    highest = np.maximum(batch.tokens, batch.labels).max(axis=1)
+    corpus = rows[highest.argmax()][0]
+    if highest.max() >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
+        why = f"token {highest.max()} is outside the vocabulary of {corpus.vocab_size}"
+        raise BadFileError(f"data {corpus.name}, {where}: {why}; use its tokenizer or prepare the text again")
     return batch

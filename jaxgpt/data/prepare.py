@@ -1,12 +1,11 @@
 """Text to a tokenizer and token shards, once: the second run finds both in the cache by their content.
 
-The corpus is read up to three times, because tokenizing takes 20 times as long as reading: to choose what is held out,
-to train the tokenizer on the rest, and to write the shards."""
+The corpus is read several times, because tokenizing takes 20 times as long as reading: to choose what is held out, to
+train the tokenizer on the rest, to write the shards of each side, and to compress what is held out."""
 
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 import zlib
@@ -22,7 +21,7 @@ import numpy as np
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
 from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_meta, write_shard
-from jaxgpt.errors import BadFileError, ConfigError, note
+from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import locked, write_atomically
 from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -33,48 +32,37 @@ REPORT_SECONDS = 5.0
 def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Tokenizer, list[Corpus]]:
     """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there. Without
     `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a prepared
-    directory or nanoGPT's .bin files is opened as it is, a corpus of its own, and brings its tokenizer. Raises
-    BadFileError for unusable text or shards, ConfigError for a vocabulary that does not fit."""
-    opened = [path for path in data.paths if _is_tokenized(path)]
-    texts = [path for path in data.paths if path not in opened]
-    groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in opened)]
-    corpora = [group[0] if group[0] in opened else TextCorpus(group, data) for group in groups if group]
-    chosen = _choose_tokenizer(tokenizer, opened, [each for each in corpora if isinstance(each, TextCorpus)], data)
+    directory is opened as it is, a corpus of its own, and brings its tokenizer. Raises BadFileError for unusable text
+    or shards, ConfigError for a vocabulary that does not fit."""
+    prepared = [path for path in data.paths if _is_prepared(Path(path))]
+    texts = [path for path in data.paths if path not in prepared]
+    groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in prepared)]
+    corpora = [Path(group[0]) if group[0] in prepared else TextCorpus(group, data) for group in groups if group]
+    chosen = _choose_tokenizer(tokenizer, corpora, data)
     return chosen, [
-        _prepare(corpus, chosen) if isinstance(corpus, TextCorpus) else open_tokenized(Path(corpus), chosen)
-        for corpus in corpora
+        open_tokenized(corpus, chosen) if isinstance(corpus, Path) else _prepare(corpus, chosen) for corpus in corpora
     ]
 
 
-def _is_tokenized(path: str) -> bool:
-    prepared = Path(path, "meta.json").exists() and _has_tokenizer(Path(path))
-    return prepared or (os.path.exists(path) and path.endswith(".bin")) or Path(path, "train.bin").exists()
+def _is_prepared(path: Path) -> bool:
+    """A directory of text may have a meta.json too, but no tokenizer."""
+    return (path / "meta.json").exists() and any((path / name).exists() for name in TOKENIZER_FILES)
 
 
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).exists() for name in TOKENIZER_FILES)
-
-
-def _choose_tokenizer(
-    config: TokenizerConfig, opened: list[str], corpora: list["TextCorpus"], data: DataConfig
-) -> Tokenizer:
-    """The configured tokenizer, else the one that the first tokenized path brings, else one trained on the text."""
-    if config.path:
-        return load_tokenizer(config.path)
-    if opened:
-        beside = Path(opened[0]) if os.path.isdir(opened[0]) else Path(opened[0]).parent
-        if not _has_tokenizer(beside):
-            raise ConfigError(f"data {opened[0]}: there is no tokenizer.model beside the tokens; set tokenizer.path")
-        return load_tokenizer(beside)
-    key = _key([corpus.digest for corpus in corpora], asdict(config))
-    path = data.cache_path / "tokenizers" / f"{key}.model"
+def _choose_tokenizer(config: TokenizerConfig, corpora: list["Path | TextCorpus"], data: DataConfig) -> Tokenizer:
+    """The configured tokenizer, else that of the first prepared directory, else one trained on the text."""
+    prepared = [corpus for corpus in corpora if isinstance(corpus, Path)]
+    if config.path or prepared:
+        return load_tokenizer(config.path or prepared[0])
+    texts = [corpus for corpus in corpora if isinstance(corpus, TextCorpus)]
+    path = data.cache_path / "tokenizers" / f"{_key([corpus.digest for corpus in texts], asdict(config))}.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         note(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
-        total = sum(corpus.survey.text_bytes for corpus in corpora)
-        texts = (document.text for corpus in corpora for document in corpus.documents(held_out=False))
-        trained = train_tokenizer(_sample(texts, total, config.training_bytes), config)
-        for corpus in corpora:
+        total = sum(corpus.survey.text_bytes for corpus in texts)
+        documents = (document.text for corpus in texts for document in corpus.documents(held_out=False))
+        trained = train_tokenizer(_sample(documents, total, config.training_bytes), config)
+        for corpus in texts:
             corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
         write_atomically(path, trained.model_bytes)
     return load_tokenizer(path)
@@ -104,7 +92,7 @@ class TextCorpus:
 
     def __init__(self, paths: list[str], data: DataConfig) -> None:
         self.name, self.data = ",".join(paths), data
-        self._sources = find_sources(paths, data.cache_path)
+        self._sources = [source for path in paths for source in find_sources(path, data.cache_path)]
         self._digests = self._digest_files()
         settings = {name: getattr(data, name) for name in ("text_key", "val_fraction", "max_bad_documents")}
         self.digest = _key(FORMAT, [source.name for source in self._sources], self._digests, settings)
@@ -194,42 +182,33 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
 
 
 def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
-    gzip_bytes = 0
-
-    def documents() -> Iterator[Document]:
-        nonlocal gzip_bytes
-        for document in text.documents(held_out=split == "val"):
-            if split == "val":
-                gzip_bytes += len(compressor.compress(document.text.encode()))
-            yield document
-
     shards = finished_shards(directory, split)
     if shards:
         note(f"data {text.name}: going on after {len(shards)} finished {split} shards")
-    todo = itertools.islice(documents(), sum(shard["documents"] for shard in shards), None)
-    encoded = _encode(todo, tokenizer, f"data {text.name}: {split}")
+    done = sum(shard["documents"] for shard in shards)
+    documents = itertools.islice(text.documents(held_out=split == "val"), done, None)
+    encoded = _encode(documents, tokenizer, f"data {text.name}: {split}")
     while shard := write_shard(directory / f"{split}_{len(shards):05}", encoded, text.data.shard_tokens):
         shards.append(shard)
     entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
     if split == "val":
-        entry["gzip_bytes"] = gzip_bytes + len(compressor.flush())
+        compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
+        parts = (compressor.compress(document.text.encode()) for document in text.documents(held_out=True))
+        entry["gzip_bytes"] = sum(map(len, parts)) + len(compressor.flush())
     return {**entry, "shards": shards}
 
 
 def _encode(documents: Iterator[Document], tokenizer: Tokenizer, what: str) -> Iterator[tuple[Document, np.ndarray]]:
     """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
     dtype = token_dtype(tokenizer)
-    done, started = 0, time.monotonic()
-    reported = started
+    characters, reported = 0, time.monotonic()
     while batch := _take(documents):
         for document, ids in zip(batch, tokenizer.encode_batch([each.text for each in batch]), strict=True):
             yield document, np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
-        done += sum(len(each.text) for each in batch)
-        if (now := time.monotonic()) - reported > REPORT_SECONDS:
-            speed = done / 1e6 / (now - started)
-            note(f"{what}: {done / 1e6:,.1f} million characters tokenized, {speed:.1f} a second")
-            reported = now
+        characters += sum(len(each.text) for each in batch)
+        if time.monotonic() > reported + REPORT_SECONDS:
+            reported = time.monotonic()
+            note(f"{what}: {characters / 1e6:,.1f} million characters tokenized")
 
 
 def _take(documents: Iterator[Document]) -> list[Document]:

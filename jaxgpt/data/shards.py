@@ -3,13 +3,12 @@
 A prepared directory holds, for each split, `train_00000.bin` (little-endian uint16 or uint32 tokens, no header),
 `train_00000.offsets.npy` (int64 places where documents begin) and `train_00000.json` (counts, SHA-256, names; written
 last, it marks the shard as finished), then `tokenizer.model` and, last of all, `meta.json`. A document is
-[bos] text [eos]. Also opens nanoGPT's headerless uint16 `train.bin` and `val.bin`."""
+[bos] text [eos]."""
 
 import hashlib
 import io
 import json
-import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,47 +18,41 @@ import numpy as np
 
 from jaxgpt.data.corpus import Document
 from jaxgpt.errors import BadFileError
-from jaxgpt.files import parse_json, write_atomically
+from jaxgpt.files import read_json, write_atomically
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 2
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
-REMEDY = "restore the directory, or remove it and prepare the text again"
+LONGEST_JSON = 2**30  # bytes; a side-car holds the name of each document
 
 
 class TokenStream:
     """All shards of one split as one sequence of tokens, memory-mapped."""
 
-    def __init__(
-        self, shards: Sequence[np.ndarray], starts: np.ndarray, name_files: Sequence[tuple[Path, int]]
-    ) -> None:
-        """starts: where documents begin, int64 [documents]; name_files: the files of names, and documents in each."""
+    def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray, names: Sequence[tuple[Path, int]]) -> None:
+        """starts: where documents begin, int64 [documents]; names: files of their names, and how many are in each."""
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()
+        self._begins = [0, *self._ends[:-1]]
         self.starts = starts
-        self._name_files = name_files
+        self._names = names
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def rows(self, begins: Sequence[int], length: int) -> np.ndarray:
-        """tokens[begin : begin + length] for each begin, int32 [B, length], zeros after the end of the stream."""
-        rows = np.zeros((len(begins), length), np.int32)
-        for row, begin in zip(rows, begins, strict=True):
-            filled, shard = 0, bisect_right(self._ends, begin)
-            while filled < length and shard < len(self._shards):
-                end = self._ends[shard]
-                part = self._shards[shard][begin + filled - end + len(self._shards[shard]) :][: length - filled]
-                row[filled : filled + len(part)] = part
-                filled, shard = filled + len(part), shard + 1
-        return rows
+    def window(self, begin: int, length: int) -> np.ndarray:
+        """tokens[begin : begin + length], fewer at the end of the stream."""
+        first, last = bisect_right(self._ends, begin), bisect_left(self._begins, begin + length)
+        near = zip(self._shards[first:last], self._begins[first:last], strict=False)
+        parts = [shard[max(begin - at, 0) : begin + length - at] for shard, at in near]
+        return np.concatenate([np.empty(0, np.int32), *parts])
 
     def names(self, begin: int, end: int) -> list[str]:
         """The names of the documents with a token in [begin, end)."""
         first = max(int(np.searchsorted(self.starts, begin, "right")) - 1, 0)
         last = int(np.searchsorted(self.starts, end, "left"))
         found, base = [], 0
-        for path, count in self._name_files:
+        for path, count in self._names:
             if base < last and first < base + count:
                 found += json.loads(path.read_text())["names"][max(first - base, 0) : last - base]
             base += count
@@ -75,7 +68,7 @@ class Corpus:
     vocab_size: int
     train: TokenStream
     val: TokenStream
-    val_bytes: int  # UTF-8 bytes of the held-out text; 0 when they are not known (nanoGPT)
+    val_bytes: int  # UTF-8 bytes of the held-out text
     val_gzip_bytes: int  # the same text after `gzip -9`: what any compressor gets without learning
     fingerprint: str  # changes when any token does; a resumed run compares it
 
@@ -87,41 +80,31 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def write_shard(stem: Path, encoded: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
     """Write tokens of documents until `shard_tokens` is reached; returns counts and hashes, None without documents.
     Nothing counts before the side-car is there: after a kill the shard is written again from its first document."""
-    tokens = text_bytes = 0
-    starts: list[int] = []
-    names: list[str] = []
-    digest = hashlib.sha256()
-    temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        for document, ids in encoded:
-            starts.append(tokens)
-            names.append(document.name)
-            raw = ids.tobytes()
-            digest.update(raw)
-            file.write(raw)
-            tokens, text_bytes = tokens + len(ids), text_bytes + len(document.text.encode())
-            if tokens >= shard_tokens:
-                break
-        file.flush()
-        os.fsync(file.fileno())
+    content, starts, names, tokens, text_bytes = io.BytesIO(), [], [], 0, 0
+    for document, ids in encoded:
+        starts.append(tokens)
+        names.append(document.name)
+        content.write(ids.tobytes())
+        tokens, text_bytes = tokens + len(ids), text_bytes + len(document.text.encode())
+        if tokens >= shard_tokens:
+            break
     if not names:
-        temporary.unlink()
         return None
-    temporary.replace(f"{stem}.bin")
     offsets = io.BytesIO()
     np.save(offsets, np.array(starts, np.int64), allow_pickle=False)
-    write_atomically(stem.with_name(f"{stem.name}.offsets.npy"), offsets.getvalue())
-    counts = {"tokens": tokens, "documents": len(names), "bytes": text_bytes}
-    hashes = {"sha256": digest.hexdigest(), "offsets_sha256": hashlib.sha256(offsets.getvalue()).hexdigest()}
-    write_atomically(stem.with_name(f"{stem.name}.json"), json.dumps({**counts, **hashes, "names": names}).encode())
-    return {**counts, **hashes}
+    shard: dict[str, Any] = {"tokens": tokens, "documents": len(names), "bytes": text_bytes}
+    for ending, key, written in (("bin", "sha256", content), ("offsets.npy", "offsets_sha256", offsets)):
+        write_atomically(Path(f"{stem}.{ending}"), written.getvalue())
+        shard[key] = hashlib.sha256(written.getvalue()).hexdigest()
+    write_atomically(Path(f"{stem}.json"), json.dumps({**shard, "names": names}).encode())
+    return shard
 
 
 def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
     """The side-cars of the shards that an earlier run finished, in order, without their names."""
     shards: list[dict[str, Any]] = []
     while (path := directory / f"{split}_{len(shards):05}.json").exists():
-        shards.append({name: value for name, value in _read_json(path).items() if name != "names"})
+        shards.append({name: value for name, value in read_json(path, LONGEST_JSON).items() if name != "names"})
     return shards
 
 
@@ -133,47 +116,44 @@ def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[st
 
 def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES. Raises
-    BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer. Without meta.json it is
-    nanoGPT's."""
+    BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""
     path = directory / "meta.json"
-    if not path.exists():
-        return open_nanogpt(directory, tokenizer.vocab_size)
-    meta = _read_json(path)
+    meta = read_json(path, LONGEST_JSON)
     if meta.get("format") != FORMAT:
         raise _bad(path, f"is of format {meta.get('format')}, and this version reads {FORMAT}")
     try:
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         if meta["tokenizer_sha256"] != tokenizer.sha256:
             theirs, ours = meta["tokenizer_sha256"][:12], tokenizer.sha256[:12]
             remedy = f"set tokenizer.path to {directory / 'tokenizer.model'} or prepare the text again"
             raise BadFileError(f"data {directory}: its tokens come from tokenizer {theirs}, not from {ours}; {remedy}")
-        splits = meta["splits"]
+        splits, dtype = meta["splits"], token_dtype(tokenizer)
         train, val = (_open_split(directory, split, splits[split]["shards"], dtype) for split in ("train", "val"))
         val_sizes = splits["val"]["bytes"], splits["val"]["gzip_bytes"]
         fingerprint = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
         return Corpus(meta["name"], directory, tokenizer.vocab_size, train, val, *val_sizes, fingerprint)
     except FileNotFoundError as error:
         raise _bad(error.filename, "is missing") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _bad(path, f"has no usable field {error}") from None
 
 
 def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype: np.dtype) -> TokenStream:
-    opened, starts, name_files, base = [], [np.empty(0, np.int64)], [], 0
+    opened, starts, names, base = [], [np.empty(0, np.int64)], [], 0
     for number, shard in enumerate(shards):
         stem = directory / f"{split}_{number:05}"
         path, offsets_path = stem.with_suffix(".bin"), stem.with_suffix(".offsets.npy")
-        tokens, offsets = _map_tokens(path, dtype), offsets_path.read_bytes()
-        if len(tokens) != shard["tokens"]:
-            raise _bad(path, f"holds {len(tokens)} tokens where meta.json says {shard['tokens']}")
+        if path.stat().st_size != shard["tokens"] * dtype.itemsize:
+            raise _bad(path, f"has {path.stat().st_size} bytes where meta.json says {shard['tokens']} {dtype} tokens")
+        tokens = np.asarray(np.memmap(path, dtype, "r"))  # slices of np.memmap itself are 20 times slower
+        offsets = offsets_path.read_bytes()
         if base * dtype.itemsize < VERIFIED_BYTES:
             _verify(path, tokens.data, shard["sha256"])
         _verify(offsets_path, offsets, shard["offsets_sha256"])
         opened.append(tokens)
         starts.append(np.load(io.BytesIO(offsets), allow_pickle=False) + base)
-        name_files.append((stem.with_suffix(".json"), shard["documents"]))
+        names.append((stem.with_suffix(".json"), shard["documents"]))
         base += len(tokens)
-    return TokenStream(opened, np.concatenate(starts), name_files)
+    return TokenStream(opened, np.concatenate(starts), names)
 
 
 def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
@@ -181,30 +161,5 @@ def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:
         raise _bad(path, "its SHA-256 is not the one in meta.json")
 
 
-def open_nanogpt(path: Path, vocab_size: int) -> Corpus:
-    """Open nanoGPT's `train.bin` and, where it exists, `val.bin`: a directory, or the path of `train.bin`. Its
-    documents are not known, so that each split counts as one."""
-    train_path = path / "train.bin" if path.is_dir() else path
-    train = _map_tokens(train_path, np.dtype("<u2"))
-    val_path = train_path.with_name("val.bin")
-    val = _map_tokens(val_path, np.dtype("<u2")) if val_path.exists() else train[:0]
-    streams = [TokenStream([tokens], np.zeros(1, np.int64), []) for tokens in (train, val)]
-    digests = [hashlib.sha256(tokens.data).hexdigest() for tokens in (train, val)]
-    fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Corpus(str(path), train_path.parent, vocab_size, streams[0], streams[1], 0, 0, fingerprint)
-
-
-def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
-    size = path.stat().st_size
-    if size % dtype.itemsize:
-        raise _bad(path, f"has {size} bytes, which is not a whole number of {dtype.itemsize}-byte tokens")
-    # asarray: slices of np.memmap itself are 20 times slower
-    return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path.read_bytes(), f"data {path}:", REMEDY)
-
-
 def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(f"data {path}: {why}; {REMEDY}")
+    return BadFileError(f"data {path}: {why}; restore the directory, or remove it and prepare the text again")

@@ -8,8 +8,7 @@ bytes, learned pieces. Other people's keep what they do, such as a dummy prefix 
 import os
 from pathlib import Path
 
-from jaxgpt.errors import BadFileError
-from jaxgpt.files import read_json
+from jaxgpt.files import read_bounded, read_json
 from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, reading
 from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
@@ -28,14 +27,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).exists()), path / "tokenizer.model")
-    where = f"tokenizer {path}"
-    if not path.is_file():  # a pipe would be waited for
-        raise BadFileError(f"{where}: there is no such file; check tokenizer.path")
-    if path.stat().st_size > MAX_BYTES:
-        raise BadFileError(f"{where} is larger than {MAX_BYTES} bytes; restore the file")
-    with reading(where):
+    with reading(f"tokenizer {path}"):
         of_kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-        return of_kind(path.read_bytes(), where, _read_settings(path.parent))
+        return of_kind(read_bounded(path, MAX_BYTES), f"tokenizer {path}", _read_settings(path.parent))
 
 
 def _read_settings(directory: Path) -> Settings:

@@ -60,14 +60,11 @@ class Tokenizer(ABC):
         self.prefix = self._dummy = ""  # what a whole text loses when decoded, and gets here before it is encoded
 
     @abstractmethod
-    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]: ...
+    def _cut(self, texts: list[str], special: bool) -> list[list[int]]: ...
 
-    def encode(
-        self, text: str, *, bos: bool = False, allow_special: bool = False, sampling_alpha: float = 0.0
-    ) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of `text`, behind what begins one if `bos`. allow_special reads the text of a special token as that
-        token: only for text that the program itself wrote. sampling_alpha > 0 draws a random segmentation (BPE dropout,
-        or unigram sampling with that temperature). Raises ConfigError for a lone surrogate."""
+        token: only for text that the program itself wrote. Raises ConfigError for a lone surrogate."""
         _refuse_surrogates(text)
         known = self._spelt_or_special if allow_special else self._spelt
         longest_first = sorted(map(re.escape, known), key=len, reverse=True)
@@ -78,14 +75,14 @@ class Tokenizer(ABC):
             if part in known:
                 ids += known[part]
             elif part:
-                ids += self._cut([part], allow_special, sampling_alpha)[0]
+                ids += self._cut([part], allow_special)[0]
         return [*self.bos_ids, *ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         for text in texts:
             _refuse_surrogates(text)
-        found = self._cut([text and self._dummy + text for text in texts], False, 0.0)
+        found = self._cut([text and self._dummy + text for text in texts], False)
         return [self.encode(t) if SPACE in t and self._spelt else ids for t, ids in zip(texts, found, strict=True)]
 
     def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from jaxgpt.errors import BadFileError, ConfigError, note
+from jaxgpt.errors import BadFileError, note
 from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer, spelt
 
 MAX_BYTES = 256 * 2**20
@@ -70,9 +70,7 @@ class JsonTokenizer(Tokenizer):
         """The tokenizer.json with every setting written out, also those that the file leaves to the library."""
         return json.loads(self._model.to_str())
 
-    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
-        if alpha > 0:
-            raise ConfigError(f"{self.where}: sampling_alpha is only for SentencePiece models; leave it at 0")
+    def _cut(self, texts: list[str], special: bool) -> list[list[int]]:
         if self._missing and (lost := self._missing.intersection("".join(texts).encode())):
             note(f"{self.where} has no token for bytes {bytes(lost).hex(' ')}: left out")
             self._missing -= lost  # said once

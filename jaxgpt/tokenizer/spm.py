@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,20 +47,17 @@ class SentencePieceTokenizer(Tokenizer):
             remedy = "leave tokenizer.path empty to train one that has them"
             raise BadFileError(f"{where} cannot reproduce every text: {needs}; {remedy}")
 
-    def _cut(self, texts: list[str], special: bool, alpha: float) -> list[list[int]]:
-        options: Any = dict(enable_sampling=alpha > 0, nbest_size=-1, alpha=alpha)
+    def _cut(self, texts: list[str], special: bool) -> list[list[int]]:
         if len(texts) == 1:  # a thread would take 0.1 ms
-            return [self._model.encode(texts[0], **options)]
-        return self._model.encode(texts, num_threads=os.cpu_count() or 1, **options)
+            return [self._model.encode(texts[0])]
+        return self._model.encode(texts, num_threads=os.cpu_count() or 1)
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Learn a tokenizer from documents; the same text gives the same model. A document is one SentencePiece sentence,
     so that line ends and indentation are learned too (a model trained on lines needs 6 % more tokens for Python), cut
     at U+2581: no piece is learned that the encoder would never use. Tabs stay single bytes: SentencePiece keeps them
-    for itself. Raises ConfigError when the vocabulary does not fit the text, BadFileError when there is no text."""
-    if reserved := {"<pad>", "<s>", "</s>", "<unk>"}.intersection(config.special_tokens):
-        raise ConfigError(f"tokenizer.special_tokens: {', '.join(sorted(reserved))} exists already; leave it out")
+    for itself. Raises ConfigError when the vocabulary does not fit the text or there is no text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -74,17 +70,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
             num_threads=16,  # fixed: the count is stored in the model, and unigram sums depend on it
         )  # fmt: skip
     except RuntimeError as error:
-        raise _training_error(str(error), config) from None
+        why = str(error).rpartition("] ")[2] or "there is no text to train it on"  # behind the place in its source
+        remedy = "change tokenizer.vocab_size, tokenizer.special_tokens or data.paths"
+        raise ConfigError(f"tokenizer of {config.vocab_size} pieces: {why.rstrip('.')}; {remedy}") from None
     return SentencePieceTokenizer(model.getvalue())
-
-
-def _training_error(message: str, config: TokenizerConfig) -> Exception:
-    """SentencePiece's failure in one line, with the vocabulary that would fit."""
-    size = f"tokenizer.vocab_size {config.vocab_size}"
-    if most := re.search(r"value <= (\d+)", message):
-        return ConfigError(f"{size}: the text allows at most {most[1]}; lower it to that or add text")
-    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return ConfigError(f"{size}: the text's characters need more than {least[1]}; raise it above that")
-    if "sentences_.empty()" in message:
-        return BadFileError("tokenizer: there is no text to train it on; check data.paths")
-    return ConfigError(f"tokenizer: training failed for special tokens {config.special_tokens}: {message}")

@@ -114,11 +114,10 @@ class Display(Bar):
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}  {left} left"
         self.update(record["step"], figures, due=due)
 
-    def evaluation(self, record: Record, gzip_bits: float | None) -> None:
+    def evaluation(self, record: Record, gzip_bits: float) -> None:
         bits, error = record["val_bits_per_byte"], record["val_bits_per_byte_se"]
-        beside = "" if gzip_bits is None else f"  (gzip -9: {gzip_bits:.3f})"
-        loss = f"held-out loss {record['val_loss']:.4f}"
-        self.say(f"step {record['step']}/{self._total}  {loss}  {bits:.3f} ± {error:.3f} bits per byte{beside}")
+        loss = f"held-out loss {record['val_loss']:.4f}  {bits:.3f} ± {error:.3f} bits per byte"
+        self.say(f"step {record['step']}/{self._total}  {loss}  (gzip -9: {gzip_bits:.3f})")
 
 
 def evaluate(
@@ -152,8 +151,6 @@ def evaluate(
     }
 
 
-def gzip_bits_per_byte(corpora: list[Corpus]) -> float | None:
-    """What `gzip -9` needs for the same held-out text; None when it is not known."""
-    if not all(corpus.val_bytes for corpus in corpora):
-        return None
+def gzip_bits_per_byte(corpora: list[Corpus]) -> float:
+    """What `gzip -9` needs for the same held-out text."""
     return 8 * sum(corpus.val_gzip_bytes for corpus in corpora) / sum(corpus.val_bytes for corpus in corpora)

