@@ -4,6 +4,7 @@ A target appears whole or not at all: it is written beside and renamed when it i
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,7 @@ def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     hf |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     directory.mkdir()
     tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=False))
-    write_safetensors(directory, ((name, each.shape, _KIND[dtype], each.read) for name, each in tensors.items()))
+    write_safetensors(directory, {name: replace(each, kind=_KIND[dtype]) for name, each in tensors.items()})
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
     for name, content in (("config.json", hf), ("generation_config.json", generation)):
         write_atomically(directory / name, json.dumps(content, indent=2).encode() + b"\n")
@@ -86,10 +87,10 @@ def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
     tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=True))
     metadata, tensors = write_gguf_config(trained.config, family, tensors)
     metadata |= gguf_metadata(trained.tokenizer, trained.config.vocab_size or 0)
-    kinds = {name: _KIND[dtype] if len(each.shape) > 1 else "F32" for name, each in tensors.items()}  # norms: always
-    kept = [name for name in tensors if kinds[name] == "Q8_0" and tensors[name].shape[-1] % _Q8_BLOCK]
-    kinds |= dict.fromkeys(kept, "BF16")
-    write_gguf(path, metadata, ((name, each.shape, kinds[name], each.read) for name, each in tensors.items()))
+    matrices = {name: replace(each, kind=_KIND[dtype]) for name, each in tensors.items() if len(each.shape) > 1}
+    kept = [name for name, each in matrices.items() if dtype == "q8_0" and each.shape[-1] % _Q8_BLOCK]
+    matrices |= {name: replace(tensors[name], kind="BF16") for name in kept}
+    write_gguf(path, metadata, tensors | matrices)
     if kept:
         note(f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}")
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import parse_json, read_json, sync, write_atomically
-from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, TensorWriter, plain_tensor
+from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, plain_tensor
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -88,48 +89,49 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _size(kind: str, shape: list) -> int:
+def _size(kind: str, shape: Sequence) -> int:
     if len(shape) > _MAX_DIMS or not all(type(n) is int and n > 0 for n in shape):
         return 0
     return math.prod(shape) * _BYTES.get(kind, 0)
 
 
-def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: float = 5e9) -> None:
-    """Write tensors of the kinds F32 and BF16, one in memory at a time. More than `max_shard_bytes` go to several files
-    and an index, in the names that other tools expect."""
-    shards: list[list[tuple]] = [[]]
+def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: float = 5e9) -> None:
+    """Write tensors of the kinds F32, F16 and BF16, one in memory at a time. More than `max_shard_bytes` go to several
+    files and an index, in the names that other tools expect."""
+    shards: list[dict[str, StoredTensor]] = [{}]
     room = max_shard_bytes
-    for tensor in tensors:
-        size = int(np.prod(tensor[1])) * PLAIN[tensor[2]].itemsize
+    for name, tensor in tensors.items():
+        size = _size(tensor.kind, tensor.shape)
         if shards[-1] and size > room:
-            shards.append([])
+            shards.append({})
             room = max_shard_bytes
         room -= size
-        shards[-1].append((*tensor, size))
+        shards[-1][name] = tensor
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [_ONE]
     for name, shard in zip(names, shards, strict=True):
         _write_file(directory / name, shard)
     if len(shards) > 1:
-        places = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor[-1] for shard in shards for tensor in shard)
+        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(_size(tensor.kind, tensor.shape) for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_atomically(directory / _INDEX, json.dumps(index, indent=2).encode())
     sync(directory)
 
 
-def _write_file(path: Path, tensors: list[tuple]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape, kind, _, size in tensors:
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+    for name, tensor in tensors.items():
+        end = at + _size(tensor.kind, tensor.shape)
+        header[name] = {"dtype": tensor.kind, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
-        for _, _, kind, read, _ in tensors:
-            file.write(np.ascontiguousarray(read(), PLAIN[kind]).view(np.uint8).data)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.read(), PLAIN[tensor.kind]).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

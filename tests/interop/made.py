@@ -101,7 +101,7 @@ def write_hf(
     assert family is family_of(model_type, name)
     (directory / "config.json").write_text(json.dumps(hf))
     tensors = stored_tensors(model, Layout(family, config, gguf=False))
-    write_safetensors(directory, ((n, t.shape, "F32", t.read) for n, t in tensors.items()), max_shard_bytes)
+    write_safetensors(directory, tensors, max_shard_bytes)
     if tokenizer:
         write_tokenizer(tokenizer, directory)
     return model

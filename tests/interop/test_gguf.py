@@ -1,5 +1,6 @@
 """GGUF against the `gguf` package: what each type of number means, and files in both directions."""
 
+import functools
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from crafted import gguf_file, info, setting, text
 from gguf import GGMLQuantizationType, quants
 
 from jaxgpt.interop.gguf import read_gguf, write_gguf
+from jaxgpt.interop.stored import StoredTensor
 
 QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 SHAPES = [(256,), (3, 512), (2, 3, 256), (2, 1, 3, 512), (1025, 256), (1024, 256), (1, 600_064)]
@@ -75,8 +77,8 @@ def test_what_is_written_is_read_back_and_read_by_the_gguf_package(kind: str, tm
         order.append(name)
         return arrays[name]
 
-    tensors = [(name, array.shape, kind, lambda name=name: reading(name)) for name, array in arrays.items()]
-    write_gguf(tmp_path / "m.gguf", SETTINGS, iter(tensors))
+    tensors = {n: StoredTensor(array.shape, kind, functools.partial(reading, n)) for n, array in arrays.items()}
+    write_gguf(tmp_path / "m.gguf", SETTINGS, tensors)
     assert order == list(arrays)  # each once, when its turn comes
     ours, theirs = read_gguf(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
     of_theirs = {tensor.name: tensor for tensor in theirs.tensors}

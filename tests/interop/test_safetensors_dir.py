@@ -1,6 +1,7 @@
 """Directories of safetensors against the `safetensors` library, in both directions."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt.interop.safetensors_dir import read_safetensors, write_safetensors
-from jaxgpt.interop.stored import TensorWriter
+from jaxgpt.interop.stored import StoredTensor
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "a": (7,),
@@ -27,12 +28,12 @@ def arrays(kind: str) -> dict[str, np.ndarray]:
     return {name: np.asarray(draw.normal(size=shape)).astype(KINDS[kind]) for name, shape in SHAPES.items()}
 
 
-def as_written(given: dict[str, np.ndarray], kind: str, order: list[str]) -> TensorWriter:
+def as_written(given: dict[str, np.ndarray], kind: str, order: list[str]) -> dict[str, StoredTensor]:
     def read(name: str) -> np.ndarray:
         order.append(name)
         return given[name].astype(np.float32)
 
-    return ((name, array.shape, kind, lambda name=name: read(name)) for name, array in given.items())
+    return {name: StoredTensor(array.shape, kind, partial(read, name)) for name, array in given.items()}
 
 
 def assert_read(directory: Path, given: dict[str, np.ndarray], kind: str) -> None:
