@@ -115,3 +115,15 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     if len(content) > limit:
         raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
     return parse_json(content, str(path))
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Raise BadFileError for whatever comes of values that are illegal or of another kind than they should be."""
+    try:
+        yield
+    except ConfigError as error:
+        raise BadFileError(f"{where}: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = f"a setting is missing or of the wrong kind ({type(error).__name__}: {error})"
+        raise BadFileError(f"{where}: {what}; restore the file") from error

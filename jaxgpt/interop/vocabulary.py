@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import BadFileError, ConfigError, note
-from jaxgpt.files import write_atomically
+from jaxgpt.files import reading, write_atomically
 from jaxgpt.interop.gguf import read_gguf
-from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, reading
+from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.tokenizer.base import Kind
 from jaxgpt.tokenizer.bpe import CUTTINGS, Cutting, byte_level_json, tokenizer_json
 from jaxgpt.tokenizer.spm import model_pb2

@@ -172,9 +172,15 @@ def test_both_spellings_mean_the_same(name: str) -> None:
     hf = PUBLISHED[name][0]
     _, config = read_config(hf, name)
     _, written = write_config(config, hf["model_type"])
-    newer = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
-    older = {k: v for k, v in written.items() if k != "rope_parameters"}
-    assert ("rope_parameters" in newer) == (config.positions == "rotary") and "rope_parameters" not in older
+    older, newer = written, dict(written)
+    assert "rope_parameters" not in older
+    if config.positions == "rotary":
+        rope = {"rope_type": "default"} | (newer.pop("rope_scaling", None) or {})
+        rope |= {k: newer.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in newer}
+        if "rope_local_base_freq" in newer:
+            local = {"rope_type": "default", "rope_theta": newer.pop("rope_local_base_freq")}
+            rope = {"full_attention": rope, "sliding_attention": local}
+        newer["rope_parameters"] = rope
     for spelling in (newer, older):
         for dtype in ({"torch_dtype": "float16"}, {"dtype": "float16"}, {}):
             assert read_config(spelling | dtype, name)[1] == config
