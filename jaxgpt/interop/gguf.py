@@ -9,13 +9,13 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import BadFileError
+from jaxgpt.files import sync
 from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, aligned, plain_tensor
 
 _TYPES = {  # number in the file -> name, elements in a block, bytes of a block
@@ -29,14 +29,6 @@ _MAX_HEADER, _MAX_NUMBERS = 2**25, 2**22
 """Bytes, and numbers and lengths of texts, each of which may take 40 times its bytes in memory. The 262,144 tokens of
 Gemma 3 make 7 MB with 786,432 of them; with half a million merges it would be 17 MB with 1.3 million."""
 _GROUP_ELEMENTS = 2**18  # that are expanded at a time: what is made on the way then fits into a cache
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """Settings, as plain values and lists, and tensors, with shapes in row-major order."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
 
 
 class _Reader:
@@ -90,9 +82,10 @@ class _Reader:
             yield name
 
 
-def read_gguf(path: Path) -> Gguf:
-    """Settings and tensors of a file; tensors are read when they are asked for. Raises BadFileError, naming the key or
-    tensor, for whatever is damaged, hostile, or not implemented."""
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The settings of a file, as plain values and lists, and its tensors, whose shapes are in row-major order and which
+    are read when they are asked for. Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile,
+    or not implemented."""
     with open(path, "rb") as file:
         header, size = file.read(_MAX_HEADER), os.fstat(file.fileno()).st_size
     if header[:4] != b"GGUF":
@@ -104,7 +97,7 @@ def read_gguf(path: Path) -> Gguf:
     if max(n_tensors, n_settings) > MAX_TENSORS:
         raise reader.fail(f"it claims {n_tensors} tensors and {n_settings} settings, and {MAX_TENSORS} may be there")
     metadata = {key: reader.value(reader.value(_U32)) for key in reader.names("setting", n_settings)}
-    return Gguf(metadata, _read_tensors(reader, n_tensors, metadata.get("general.alignment", 32), size))
+    return metadata, _read_tensors(reader, n_tensors, metadata.get("general.alignment", 32), size)
 
 
 def _read_tensors(reader: _Reader, count: int, alignment: Any, file_size: int) -> dict[str, StoredTensor]:
@@ -163,13 +156,11 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: Mapping[str, Store
     file that is not complete has no name of its own."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
-    writer = GGUFWriter(path, metadata["general.architecture"])
+    metadata = dict(metadata)
+    writer = GGUFWriter(path, metadata.pop("general.architecture"))
     for key, value in metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif key != "general.architecture":
-            of_value = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, of_value)
+        of_value = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, of_value)
     for name, tensor in tensors.items():
         kind = GGMLQuantizationType[tensor.kind]
         stored = quants.quant_shape_to_byte_shape(tensor.shape, kind)
@@ -180,7 +171,5 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: Mapping[str, Store
     for tensor in tensors.values():
         values = np.ascontiguousarray(tensor.read(), np.float32)
         writer.write_tensor_data(quants.quantize(values, GGMLQuantizationType[tensor.kind]))
-    writer.flush()
-    for file in writer.fout or ():
-        os.fsync(file.fileno())
     writer.close()
+    sync(path)

@@ -18,7 +18,6 @@ from jaxgpt.errors import BadFileError
 from jaxgpt.files import parse_json, read_json, sync, write_atomically
 from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, plain_tensor
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
@@ -31,27 +30,22 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory, read when it is asked for. Raises BadFileError for a damaged or hostile file, an
     index that does not agree with its files, or pickle files."""
     if not (directory / _INDEX).exists():
-        if not (directory / _ONE).is_file():
-            pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
-            why = f"{pickles[0]} may run code when it is read, so it never is" if pickles else f"there is no {_ONE}"
-            raise BadFileError(f"model {directory}: {why}; take or make {_ONE}")
         return _read_file(directory / _ONE)
     index = read_json(directory / _INDEX, limit=_MAX_HEADER).get("weight_map")
     if not isinstance(index, dict) or len(index) > MAX_TENSORS:
         raise BadFileError(f"model {directory / _INDEX}: its weight_map is no table of names; fetch the file again")
-    listed: dict[str, set[str]] = {}
-    for tensor, file in index.items():
-        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+    tensors: dict[str, StoredTensor] = {}
+    places: dict[str, str] = {}
+    for file in sorted({str(file) for file in index.values()}):
+        if not _SHARD.fullmatch(file):
             odd = f"{file!r:.99} is no .safetensors file of this directory"
             raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch the file again")
-        listed.setdefault(file, set()).add(tensor)
-    tensors: dict[str, StoredTensor] = {}
-    for file, names in listed.items():
         found = _read_file(directory / file)
-        if names != found.keys():
-            odd = min(names ^ found.keys())
-            raise BadFileError(f"model {directory}: {file} and the index disagree on tensor {odd!r}; fetch both again")
         tensors |= found
+        places |= dict.fromkeys(found, file)
+    if wrong := [name for name in index | places if index.get(name) != places.get(name)]:
+        odd = f"it and its files disagree on tensor {wrong[0]!r}"
+        raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch all of them again")
     return tensors
 
 
@@ -59,16 +53,15 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, whose data must be exactly theirs, without an overlap or a hole."""
     where = f"model {path}"
     if not path.is_file():
-        raise BadFileError(f"{where}: there is no such file; fetch it")
+        never = "files of other kinds, such as pytorch_model.bin, may run code when they are read, so they never are"
+        raise BadFileError(f"{where}: there is no such file; fetch or make it ({never})")
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         room = os.fstat(file.fileno()).st_size - 8 - length
         if room < 0 or length > _MAX_HEADER:
             raise BadFileError(f"{where}: its header claims {length} bytes; fetch the file again")
         header = parse_json(file.read(length), f"the header of {where}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadFileError(f"{where}: its __metadata__ is no table of texts; fetch the file again")
+    header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise BadFileError(f"{where}: {len(header)} tensors are more than {MAX_TENSORS}; take another model")
     tensors, ranges = {}, []
@@ -95,27 +88,21 @@ def _size(kind: str, shape: Sequence) -> int:
     return math.prod(shape) * _BYTES.get(kind, 0)
 
 
-def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: float = 5e9) -> None:
-    """Write tensors of the kinds F32, F16 and BF16, one in memory at a time. More than `max_shard_bytes` go to several
-    files and an index, in the names that other tools expect."""
-    shards: list[dict[str, StoredTensor]] = [{}]
-    room = max_shard_bytes
+def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor], shard_bytes: float = 5e9) -> None:
+    """Write tensors of the kinds F32, F16 and BF16, one in memory at a time. More than `shard_bytes` go to several
+    files of about that size and an index, in the names that other tools expect."""
+    shards: dict[float, dict[str, StoredTensor]] = {}
+    at = 0
     for name, tensor in tensors.items():
-        size = _size(tensor.kind, tensor.shape)
-        if shards[-1] and size > room:
-            shards.append({})
-            room = max_shard_bytes
-        room -= size
-        shards[-1][name] = tensor
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [_ONE]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard)
+        shards.setdefault(at // shard_bytes, {})[name] = tensor
+        at += _size(tensor.kind, tensor.shape)
+    places: dict[str, str] = {}
+    for i, shard in enumerate(shards.values(), 1):
+        file = _ONE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_file(directory / file, shard)
+        places |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(_size(tensor.kind, tensor.shape) for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": at}, "weight_map": places}
         write_atomically(directory / _INDEX, json.dumps(index, indent=2).encode())
     sync(directory)
 
@@ -133,5 +120,4 @@ def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         file.write(struct.pack("<Q", len(content)) + content)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.read(), PLAIN[tensor.kind]).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)

@@ -59,10 +59,10 @@ def test_what_the_library_writes_is_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("limit", "count"), [(10**9, 1), (12_000, 2), (1, 5)])
+@pytest.mark.parametrize(("limit", "count"), [(10**9, 1), (40, 2), (1, 5)])
 def test_the_library_reads_what_is_written(kind: str, limit: int, count: int, tmp_path: Path) -> None:
     given, order, limit = arrays(kind), list[str](), limit * KINDS[kind].itemsize
-    write_safetensors(tmp_path, as_written(given, kind, order), max_shard_bytes=limit)
+    write_safetensors(tmp_path, as_written(given, kind, order), shard_bytes=limit)
     assert order == list(given)  # each once, when its turn comes
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     several = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -71,7 +71,7 @@ def test_the_library_reads_what_is_written(kind: str, limit: int, count: int, tm
     places: dict[str, str] = {}
     for file in files:
         found = load_file(tmp_path / file)
-        assert len(found) == 1 or sum(array.nbytes for array in found.values()) <= limit
+        assert sum(array.nbytes for array in found.values()) < limit + max(array.nbytes for array in found.values())
         read |= found
         places |= dict.fromkeys(found, file)
         with safe_open(tmp_path / file, "numpy") as opened:
