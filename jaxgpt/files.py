@@ -123,7 +123,7 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise BadFileError(f"{where}: {error}") from None
+        raise BadFileError(f"{where}: {error}; restore the file") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         what = f"a setting is missing or of the wrong kind ({type(error).__name__}: {error})"
         raise BadFileError(f"{where}: {what}; restore the file") from error

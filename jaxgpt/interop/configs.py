@@ -4,13 +4,11 @@ Both directions follow the declarations in families.toml. GGUF metadata is trans
 so that there is one reading of each setting. A configuration is written only as a family that reads it back equal."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import reading
@@ -18,10 +16,10 @@ from jaxgpt.interop.families import FAMILIES, SCALING, WORDS, Family, family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.model.rotary import frequencies
 from jaxgpt.model_config import ModelConfig
+from jaxgpt.presets import validated
 
 Json = dict[str, Any]
 
-_ADAPTER = TypeAdapter(ModelConfig)
 _SCALED = {name for names in SCALING.values() for name in names}
 _MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
 
@@ -65,9 +63,19 @@ def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
             factor = hf.get("factor", hf["max_position_embeddings"] / original)
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             hf = {"factor": factor, "attention_factor": usual} | hf
-        config = _model_config(hf, family, where)
-        if config.vocab_size is None:
-            raise ValueError("there is no vocab_size")
+        keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
+        found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
+        fields = family.fixed | {name: hf[key] for name, key in found.items() if hf.get(key) is not None}
+        for name in WORDS.keys() & found.keys() & fields.keys():
+            if fields[name] not in WORDS[name]:
+                odd = f"{found[name]} is {fields[name]!r:.80}, which is not implemented"
+                raise BadFileError(f"{where}: {odd}; take another model")
+            fields[name] = WORDS[name][fields[name]]
+        unused = _SCALED - {*SCALING.get(fields.get("rope_scaling", "none"), ())}
+        for f in dataclasses.fields(ModelConfig):
+            if (f.default is not None or f.name == "vocab_size") and f.name in found.keys() - fields.keys() - unused:
+                raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
+        config = validated(ModelConfig, fields, "")
         layers: Json = {"windows": _read_windows(hf, family, config)}
         if "rotary_layers" in family.keys:
             interval = hf.get("no_rope_layer_interval") or 4
@@ -87,27 +95,7 @@ def _flat(hf: Json) -> Json:
     rope = {key: value for key, value in ((hf.get("rope_scaling") or {}) | rope).items() if value is not None}
     if "type" in rope:
         rope = {"rope_type": rope["type"]} | rope
-    if hf.get("original_max_position_embeddings"):  # which Phi-3 has there, and which counts
-        rope.pop("original_max_position_embeddings", None)
     return hf | rope | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
-
-
-def _model_config(hf: Json, family: Family, where: str) -> ModelConfig:
-    keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
-    found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
-    fields = family.fixed | {name: hf[key] for name, key in found.items() if key in hf}
-    for name in WORDS.keys() & fields.keys():
-        fields[name] = WORDS[name].get(fields[name], fields[name])
-    unused = _SCALED - {*SCALING.get(fields.get("rope_scaling", "none"), ())}
-    for f in dataclasses.fields(ModelConfig):
-        if f.default is not None and f.name in found.keys() - fields.keys() - unused:
-            raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
-    try:
-        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = found[str(first["loc"][0])]
-        raise BadFileError(f"{where}: {key} is {first['input']!r:.80}: {first['msg']}; restore the file") from None
 
 
 def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, ...]:
@@ -152,21 +140,17 @@ def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     return [f.name for f in dataclasses.fields(a) if not _same(getattr(a, f.name), getattr(b, f.name))]
 
 
-def _values(config: ModelConfig) -> Json:
-    values = dataclasses.asdict(config) | {"windows": max(config.layer_windows) or None}
+def _as_family(config: ModelConfig, family: Family) -> Json:
+    windows = config.layer_windows
+    values = dataclasses.asdict(config) | {"windows": max(windows) or None}
     values["rotary_layers"] = [int(rotates) for rotates in config.layers_rotate]
     if values["query_scalar"] % 1 == 0:
         values["query_scalar"] = int(values["query_scalar"])  # transformers takes no float
-    return {name: value for name, value in values.items() if name not in _unused(config)}
-
-
-def _as_family(config: ModelConfig, family: Family) -> Json:
-    values = _values(config)
-    for name in WORDS.keys() & values.keys():
-        words = WORDS[name]
+    for name, words in WORDS.items():
         usual = family.defaults.get(family.key(name), "")
         values[name] = next(word for word in (usual, *words) if words.get(word) == values[name])
-    written = {name: family.key(name) for name, key in family.keys.items() if key and name in values}
+    unused = _unused(config)
+    written = {name: family.key(name) for name, key in family.keys.items() if key and name not in unused}
     hf: Json = {"model_type": family.model_type} | {key: legal[0] for key, legal in family.requires.items()}
     scaled = [name for name in ("rope_scaling", *SCALING[config.rope_scaling]) if name in written]
     scaling = {written.pop(name): values[name] for name in scaled}
@@ -175,7 +159,6 @@ def _as_family(config: ModelConfig, family: Family) -> Json:
         hf["rope_scaling"] = scaling
     if config.rope_scaling == "longrope":
         hf["original_max_position_embeddings"] = config.rope_original_context
-    windows = config.layer_windows
     if family.window_period > 0 or len(set(windows)) > 1:
         hf["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     first = next((i for i, window in enumerate(windows) if window), len(windows))
@@ -193,14 +176,12 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     if not families:
         known = ", ".join(sorted({family.gguf for family in FAMILIES}))
         raise BadFileError(f"{where}: general.architecture {architecture!r} is not implemented; there are {known}")
-    if "token_embd.weight" not in tensors:
-        raise BadFileError(f"{where}: there is no tensor token_embd.weight; restore the file")
     family = families[0]
-    hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
-    hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
-    hf |= {family.key(name): tensor in tensors for name, tensor in family.gguf_tensors.items()}
-    hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
     with reading(where):
+        hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
+        hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
+        hf |= {family.key(name): tensor in tensors for name, tensor in family.gguf_tensors.items()}
+        hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
         width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
         rotated = own.get("rope.dimension_count", width)
         hf["partial_rotary_factor"] = rotated / width
@@ -234,13 +215,13 @@ def write_gguf_config(
     """The metadata, and `tensors` with those that only describe positions. Raises ConfigError, naming what is lost,
     when GGUF cannot hold the model."""
     config, tensors = canonical(config), dict(tensors)
-    values = _values(config)
+    hf = _flat(_as_family(config, family))
     if config.rope_scaling == "llama3":
         factors = _slowing(config)
         tensors = {"rope_freqs.weight": StoredTensor(factors.shape, "F32", factors.copy)} | tensors
     if config.rope_scaling != "linear":  # what else there is has no name, and llama.cpp would take the factor for that
-        values |= {"rope_scaling": None, "rope_factor": None}
-    own = {key: values[name] for name, key in family.gguf_keys.items() if key and values.get(name)}
+        hf |= {"rope_type": None, "factor": None}
+    own = {key: hf[family.key(name)] for name, key in family.gguf_keys.items() if key and hf.get(family.key(name))}
     own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
     if config.positions == "rotary":
         own["rope.dimension_count"] = config.rotary_dim

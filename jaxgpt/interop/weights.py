@@ -121,10 +121,9 @@ def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor], where: st
         wanted = layout.shape(stored_name)
         for name, _, _ in layout.each(stored_name):
             found = left.pop(name, None)
-            if found is None:
-                raise BadFileError(f"{where}: there is no tensor {name}; restore the file, or mend its configuration")
-            if found.shape != wanted or found.kind not in FLOATS:
-                what = f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
+            if found is None or found.shape != wanted or found.kind not in FLOATS:
+                other = found and f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
+                what = other or f"there is no tensor {name}"
                 raise BadFileError(f"{where}: {what}; restore the file, or mend its configuration")
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
