@@ -56,7 +56,6 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
     layout = replace(layout, config=config)
     check_tensors(layout, tensors, where)
     check_divides(jax.sharding.get_mesh(), config)
-
     as_used = (lambda model: model) if for_training else for_decoding
     abstract = jax.eval_shape(lambda: as_used(Transformer(config, jax.random.key(0))))
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)) / 2**30

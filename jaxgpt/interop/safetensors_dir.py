@@ -34,18 +34,17 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     index = read_json(directory / _INDEX, limit=_MAX_HEADER).get("weight_map")
     if not isinstance(index, dict) or len(index) > MAX_TENSORS:
         raise BadFileError(f"model {directory / _INDEX}: its weight_map is no table of names; fetch the file again")
+    files = sorted({str(file) for file in index.values()})
+    if bad := [file for file in files if not _SHARD.fullmatch(file)]:
+        why = f"{bad[0]!r:.99} is no .safetensors file of this directory"
+        raise BadFileError(f"model {directory / _INDEX}: {why}; fetch the file again")
     tensors: dict[str, StoredTensor] = {}
-    places: dict[str, str] = {}
-    for file in sorted({str(file) for file in index.values()}):
-        if not _SHARD.fullmatch(file):
-            odd = f"{file!r:.99} is no .safetensors file of this directory"
-            raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch the file again")
+    for file in files:
         found = _read_file(directory / file)
+        if odd := {name for name, place in index.items() if place == file} ^ found.keys():
+            why = f"{file} and the index disagree on tensor {min(odd)!r}"
+            raise BadFileError(f"model {directory}: {why}; fetch both again")
         tensors |= found
-        places |= dict.fromkeys(found, file)
-    if wrong := [name for name in index | places if index.get(name) != places.get(name)]:
-        odd = f"it and its files disagree on tensor {wrong[0]!r}"
-        raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch all of them again")
     return tensors
 
 

@@ -481,11 +481,11 @@ BAD_INDEX: dict[str, tuple[Callable[[Path], None], str]] = {
             "pytorch_model.bin", "model.safetensors/", "C:\\a.safetensors", 3, None, ["a"], {"a": 1},
         )
     },
-    "a file that is not there": (with_place("other.safetensors"), r"other\.safetensors: there is no such file"),
+    "a file that is not there": (with_place("other.safetensors"), "and the index disagree on tensor 'model.norm"),
     "a missing file": (without_file, rf"{SECOND}: there is no such file"),
-    "a tensor in another file": (with_place(FIRST), "files disagree on tensor 'model.norm.weight'"),
-    "a tensor that no file has": (with_place(FIRST, "more"), "files disagree on tensor 'more'"),
-    "a tensor that the index lacks": (without_place, "files disagree on tensor 'model.norm.weight'"),
+    "a tensor in another file": (with_place(FIRST), "and the index disagree on tensor 'model.norm.weight'"),
+    "a tensor that no file has": (with_place(FIRST, "more"), "and the index disagree on tensor 'more'"),
+    "a tensor that the index lacks": (without_place, "and the index disagree on tensor 'model.norm.weight'"),
 }  # fmt: skip
 
 
