@@ -120,3 +120,15 @@ def read_bounded(path: Path, limit: int) -> bytes:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a file. Raises BadFileError as `read_bounded` and `parse_json`."""
     return parse_json(read_bounded(path, limit), str(path))
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Raise BadFileError for whatever comes of values that are illegal or of another kind than they should be."""
+    try:
+        yield
+    except ConfigError as error:
+        raise BadFileError(f"{where}: {error}; restore the file") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = f"a setting is missing or of the wrong kind ({type(error).__name__}: {error})"
+        raise BadFileError(f"{where}: {what}; restore the file") from error

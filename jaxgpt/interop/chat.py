@@ -70,7 +70,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
         note("Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # which the tokenizer refuses by name
-    while (line := _next_line(terminal)) not in (None, "/exit"):
+    while (line := _next_line(terminal)) != "/exit":
         if line == "/reset":
             messages = list(start)
         elif line.strip():
@@ -90,10 +90,10 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
             messages.append({"role": "assistant", "content": "".join(answer)})
 
 
-def _next_line(terminal: bool) -> str | None:
+def _next_line(terminal: bool) -> str:
     end = (EOFError, KeyboardInterrupt) if terminal else (EOFError,)
     try:
         return input("> " if terminal else "")
     except end:
         print(end="\n" if terminal else "")
-        return None
+        return "/exit"

@@ -3,25 +3,23 @@
 Both directions follow the declarations in families.toml. GGUF metadata is translated to the keys of config.json first,
 so that there is one reading of each setting. A configuration is written only as a family that reads it back equal."""
 
-import contextlib
 import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.files import reading
 from jaxgpt.interop.families import FAMILIES, SCALING, WORDS, Family, family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.model.rotary import frequencies
 from jaxgpt.model_config import ModelConfig
+from jaxgpt.presets import validated
 
 Json = dict[str, Any]
 
-_ADAPTER = TypeAdapter(ModelConfig)
 _SCALED = {name for names in SCALING.values() for name in names}
 _MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
 
@@ -49,17 +47,6 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _reading(where: str) -> Iterator[None]:
-    """Raise BadFileError for whatever comes of values that are illegal or of another kind than they should be."""
-    try:
-        yield
-    except ConfigError as error:
-        raise BadFileError(f"{where}: {error}") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        raise BadFileError(f"{where}: a setting is missing or of the wrong kind ({error}); restore the file") from None
-
-
 def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
     """The family and the configuration of a parsed config.json. Raises BadFileError for an unknown family, a missing
     key, a value of a wrong kind or one that is not implemented."""
@@ -69,16 +56,26 @@ def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
     for key, legal in family.requires.items():
         if hf.get(key) not in [None, [], *legal]:
             raise BadFileError(f"{where}: {key} is {hf[key]!r}, and only {legal[0]!r} is implemented for this family")
-    with _reading(where):
+    with reading(where):
         hf = family.defaults | _flat(hf)
         if hf["rope_type"] in ("longrope", "su"):
             original = hf["original_max_position_embeddings"]
             factor = hf.get("factor", hf["max_position_embeddings"] / original)
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             hf = {"factor": factor, "attention_factor": usual} | hf
-        config = _model_config(hf, family, where)
-        if config.vocab_size is None:
-            raise ValueError("there is no vocab_size")
+        keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
+        found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
+        fields = family.fixed | {name: hf[key] for name, key in found.items() if hf.get(key) is not None}
+        for name in WORDS.keys() & found.keys() & fields.keys():
+            if fields[name] not in WORDS[name]:
+                odd = f"{found[name]} is {fields[name]!r:.80}, which is not implemented"
+                raise BadFileError(f"{where}: {odd}; take another model")
+            fields[name] = WORDS[name][fields[name]]
+        unused = _SCALED - {*SCALING.get(fields.get("rope_scaling", "none"), ())}
+        for f in dataclasses.fields(ModelConfig):
+            if (f.default is not None or f.name == "vocab_size") and f.name in found.keys() - fields.keys() - unused:
+                raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
+        config = validated(ModelConfig, fields, "")
         layers: Json = {"windows": _read_windows(hf, family, config)}
         if "rotary_layers" in family.keys:
             interval = hf.get("no_rope_layer_interval") or 4
@@ -98,27 +95,7 @@ def _flat(hf: Json) -> Json:
     rope = {key: value for key, value in ((hf.get("rope_scaling") or {}) | rope).items() if value is not None}
     if "type" in rope:
         rope = {"rope_type": rope["type"]} | rope
-    if hf.get("original_max_position_embeddings"):  # which Phi-3 has there, and which counts
-        rope.pop("original_max_position_embeddings", None)
     return hf | rope | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
-
-
-def _model_config(hf: Json, family: Family, where: str) -> ModelConfig:
-    keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
-    found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
-    fields = family.fixed | {name: hf[key] for name, key in found.items() if key in hf}
-    for name in WORDS.keys() & fields.keys():
-        fields[name] = WORDS[name].get(fields[name], fields[name])
-    unused = _SCALED - {*SCALING.get(fields.get("rope_scaling", "none"), ())}
-    for f in dataclasses.fields(ModelConfig):
-        if f.default is not None and f.name in found.keys() - fields.keys() - unused:
-            raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
-    try:
-        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = found[str(first["loc"][0])]
-        raise BadFileError(f"{where}: {key} is {first['input']!r:.80}: {first['msg']}; restore the file") from None
 
 
 def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, ...]:
@@ -154,56 +131,39 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
     raise ConfigError(f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: {why}")
 
 
-def _close(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Equal, or as near as frequencies that were computed in float32."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_close, a, b))
-    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5))
+    return a == b or (type(a) is type(b) is float and math.isclose(a, b, rel_tol=1e-5))
 
 
 def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    return [f.name for f in dataclasses.fields(a) if not _close(getattr(a, f.name), getattr(b, f.name))]
-
-
-def _values(config: ModelConfig) -> Json:
-    values = dataclasses.asdict(config) | {"windows": max(config.layer_windows) or None}
-    values["rotary_layers"] = [int(rotates) for rotates in config.layers_rotate]
-    if values["query_scalar"] % 1 == 0:
-        values["query_scalar"] = int(values["query_scalar"])  # transformers takes no float
-    return {name: value for name, value in values.items() if name not in _unused(config)}
+    return [f.name for f in dataclasses.fields(a) if not _same(getattr(a, f.name), getattr(b, f.name))]
 
 
 def _as_family(config: ModelConfig, family: Family) -> Json:
-    values = _values(config)
-    for name in WORDS.keys() & values.keys():
-        words = WORDS[name]
+    windows = config.layer_windows
+    values = dataclasses.asdict(config) | {"windows": max(windows) or None}
+    values["rotary_layers"] = [int(rotates) for rotates in config.layers_rotate]
+    if values["query_scalar"] % 1 == 0:
+        values["query_scalar"] = int(values["query_scalar"])  # transformers takes no float
+    for name, words in WORDS.items():
         usual = family.defaults.get(family.key(name), "")
         values[name] = next(word for word in (usual, *words) if words.get(word) == values[name])
-    written = {name: family.key(name) for name, key in family.keys.items() if key and name in values}
+    unused = _unused(config)
+    written = {name: family.key(name) for name, key in family.keys.items() if key and name not in unused}
     hf: Json = {"model_type": family.model_type} | {key: legal[0] for key, legal in family.requires.items()}
-    hf |= {key: values[name] for name, key in written.items() if not name.startswith("rope_")}
-    rope = {key: values[name] for name, key in written.items() if name.startswith("rope_")}
-    if "rope_type" in rope:
-        hf |= _write_rope(rope, hf.pop("rope_local_base_freq", None))
-    windows = config.layer_windows
+    scaled = [name for name in ("rope_scaling", *SCALING[config.rope_scaling]) if name in written]
+    scaling = {written.pop(name): values[name] for name in scaled}
+    hf |= {key: values[name] for name, key in written.items()}
+    if len(scaling) > 1:  # the older spelling, which newer tools read too
+        hf["rope_scaling"] = scaling
+    if config.rope_scaling == "longrope":
+        hf["original_max_position_embeddings"] = config.rope_original_context
     if family.window_period > 0 or len(set(windows)) > 1:
         hf["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     first = next((i for i, window in enumerate(windows) if window), len(windows))
     slides = {"use_sliding_window": any(windows), "max_window_layers": first}
     return hf | {key: value for key, value in slides.items() if key in family.defaults}
-
-
-def _write_rope(rope: Json, local_theta: float | None) -> Json:
-    """Both the newer `rope_parameters` and the older keys, which other tools still read."""
-    beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    hf = {key: rope[key] for key in beside if key in rope} | {"rope_parameters": rope}
-    scaling = {key: value for key, value in rope.items() if key not in beside[:2]}
-    hf["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
-    if local_theta is not None:
-        local = {"rope_type": "default", "rope_theta": local_theta}
-        hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        hf["rope_local_base_freq"] = local_theta
-    return hf
 
 
 def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where: str) -> tuple[Family, ModelConfig]:
@@ -216,14 +176,12 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     if not families:
         known = ", ".join(sorted({family.gguf for family in FAMILIES}))
         raise BadFileError(f"{where}: general.architecture {architecture!r} is not implemented; there are {known}")
-    if "token_embd.weight" not in tensors:
-        raise BadFileError(f"{where}: there is no tensor token_embd.weight; restore the file")
     family = families[0]
-    hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
-    hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
-    hf |= {family.key(name): tensor in tensors for name, tensor in family.gguf_tensors.items()}
-    hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
-    with _reading(where):
+    with reading(where):
+        hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
+        hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
+        hf |= {family.key(name): tensor in tensors for name, tensor in family.gguf_tensors.items()}
+        hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
         width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
         rotated = own.get("rope.dimension_count", width)
         hf["partial_rotary_factor"] = rotated / width
@@ -233,7 +191,7 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
             llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             hf = llama3 | hf | {"rope_type": "llama3", "factor": float(factors.read().max())}
         _, config = read_config(hf, where)
-        if factors and not _close(_slowing(config).tolist(), factors.read().tolist()):
+        if factors and not np.allclose(_slowing(config), factors.read(), rtol=1e-5, atol=0):
             raise ValueError("rope_freqs.weight is no scaling of Llama 3 that is known")
     if config.n_layers in family.gguf_wide_scalar:
         config = dataclasses.replace(config, query_scalar=config.d_model / config.n_heads)
@@ -257,13 +215,13 @@ def write_gguf_config(
     """The metadata, and `tensors` with those that only describe positions. Raises ConfigError, naming what is lost,
     when GGUF cannot hold the model."""
     config, tensors = canonical(config), dict(tensors)
-    values = _values(config)
+    hf = _flat(_as_family(config, family))
     if config.rope_scaling == "llama3":
         factors = _slowing(config)
         tensors = {"rope_freqs.weight": StoredTensor(factors.shape, "F32", factors.copy)} | tensors
     if config.rope_scaling != "linear":  # what else there is has no name, and llama.cpp would take the factor for that
-        values |= {"rope_scaling": None, "rope_factor": None}
-    own = {key: values[name] for name, key in family.gguf_keys.items() if key and values.get(name)}
+        hf |= {"rope_type": None, "factor": None}
+    own = {key: hf[family.key(name)] for name, key in family.gguf_keys.items() if key and hf.get(family.key(name))}
     own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
     if config.positions == "rotary":
         own["rope.dimension_count"] = config.rotary_dim

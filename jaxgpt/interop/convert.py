@@ -4,10 +4,10 @@ A target appears whole or not at all: it is written beside and renamed when it i
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +19,7 @@ from jaxgpt.interop.configs import write_config, write_gguf_config
 from jaxgpt.interop.gguf import write_gguf
 from jaxgpt.interop.load import load_model
 from jaxgpt.interop.safetensors_dir import write_safetensors
+from jaxgpt.interop.verify import logits_of
 from jaxgpt.interop.vocabulary import gguf_metadata, write_tokenizer
 from jaxgpt.interop.weights import Layout, stored_tensors
 from jaxgpt.run import TrainedModel, write_run
@@ -35,10 +36,9 @@ def convert(source: Path, target: Path, to: Format, dtype: Precision) -> None:
     the target exists or the format cannot hold the model, BadFileError for a bad source."""
     if target.exists():
         raise ConfigError(f"convert: {target} exists; remove it or choose another name")
-    if dtype == "q8_0" and to != "gguf":
-        raise ConfigError(f"convert: q8_0 exists only in gguf, not in {to}; use --dtype bfloat16")
-    if dtype == "bfloat16" and to == "jaxgpt":
-        raise ConfigError("convert: a run directory holds float32 parameters; leave --dtype out")
+    held = {"jaxgpt": ("float32",), "hf": ("float32", "bfloat16")}.get(to, (dtype,))
+    if dtype not in held:
+        raise ConfigError(f"convert: {to} holds {' or '.join(held)} parameters, not {dtype}; choose another --dtype")
     trained = load_model(source, for_training=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
@@ -74,9 +74,9 @@ def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
     hf |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     directory.mkdir()
     tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=False))
-    write_safetensors(directory, ((name, each.shape, _KIND[dtype], each.read) for name, each in tensors.items()))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
-    for name, content in (("config.json", hf), ("generation_config.json", generation)):
+    write_safetensors(directory, {name: replace(each, kind=_KIND[dtype]) for name, each in tensors.items()})
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
+    for name, content in {"config.json": hf, "generation_config.json": ends}.items():
         write_atomically(directory / name, json.dumps(content, indent=2).encode() + b"\n")
     write_tokenizer(tokenizer, directory)
 
@@ -86,10 +86,10 @@ def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
     tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=True))
     metadata, tensors = write_gguf_config(trained.config, family, tensors)
     metadata |= gguf_metadata(trained.tokenizer, trained.config.vocab_size or 0)
-    kinds = {name: _KIND[dtype] if len(each.shape) > 1 else "F32" for name, each in tensors.items()}  # norms: always
-    kept = [name for name in tensors if kinds[name] == "Q8_0" and tensors[name].shape[-1] % _Q8_BLOCK]
-    kinds |= dict.fromkeys(kept, "BF16")
-    write_gguf(path, metadata, ((name, each.shape, kinds[name], each.read) for name, each in tensors.items()))
+    matrices = {name: replace(each, kind=_KIND[dtype]) for name, each in tensors.items() if len(each.shape) > 1}
+    kept = [name for name, each in matrices.items() if dtype == "q8_0" and each.shape[-1] % _Q8_BLOCK]
+    matrices |= {name: replace(tensors[name], kind="BF16") for name in kept}
+    write_gguf(path, metadata, tensors | matrices)
     if kept:
         note(f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}")
 
@@ -102,9 +102,8 @@ def compare(source: Path, target: Path) -> tuple[float, float, float]:
     ids = first.tokenizer.encode(_PROMPT, bos=True)
     if second.tokenizer.encode(_PROMPT, bos=True) != ids:
         raise JaxgptError(f"convert: the tokenizers of {source} and {target} cut the same text differently")
-    tokens_BT = jnp.array([ids[: first.config.context_length]], jnp.int32)
-    forward = jax.jit(lambda model: model.logits(model(tokens_BT)[0])[0])
-    a_TV, b_TV = (np.asarray(forward(each.model), np.float64) for each in (first, second))
+    tokens_BT = np.array([ids[: first.config.context_length]])
+    a_TV, b_TV = (logits_of(each.model, tokens_BT)[0].astype(np.float64) for each in (first, second))
     log_p_TV, log_q_TV = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (a_TV, b_TV))
     divergence = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(-1).mean()
     same = (a_TV.argmax(-1) == b_TV.argmax(-1)).mean()

@@ -6,17 +6,17 @@ anything is made of it. The arithmetic of quantised types is that of the `gguf` 
 
 import itertools
 import math
-import mmap
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, TensorWriter, aligned, plain_tensor
+from jaxgpt.files import sync
+from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, aligned, plain_tensor
 
 _TYPES = {  # number in the file -> name, elements in a block, bytes of a block
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
@@ -24,25 +24,17 @@ _TYPES = {  # number in the file -> name, elements in a block, bytes of a block
     14: ("Q6_K", 256, 210),
 }  # fmt: skip
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 _MAX_HEADER, _MAX_NUMBERS = 2**25, 2**22
 """Bytes, and numbers and lengths of texts, each of which may take 40 times its bytes in memory. The 262,144 tokens of
 Gemma 3 make 7 MB with 786,432 of them; with half a million merges it would be 17 MB with 1.3 million."""
 _GROUP_ELEMENTS = 2**18  # that are expanded at a time: what is made on the way then fits into a cache
 
 
-@dataclass(frozen=True)
-class Gguf:
-    """Settings, as plain values and lists, and tensors, with shapes in row-major order."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
-
-
 class _Reader:
     """A position in a header that never passes its end."""
 
-    def __init__(self, path: Path, header: mmap.mmap) -> None:
+    def __init__(self, path: Path, header: bytes) -> None:
         self.path, self.header, self.at, self.n_numbers, self.what = path, header, 4, 0, "the header"
 
     def fail(self, why: str) -> BadFileError:
@@ -65,51 +57,47 @@ class _Reader:
             raise self.fail(f"more than {_MAX_NUMBERS} numbers and texts come before it")
         return struct.unpack_from(f"<{count}{_NUMBERS[kind]}", self.header, start)
 
-    def u32(self) -> int:
-        return self.numbers(4)[0]
-
-    def u64(self) -> int:
-        return self.numbers(10)[0]
-
-    def string(self) -> str:
-        start = self.take(self.u64())
+    def value(self, kind: int) -> Any:
+        if kind == _ARRAY:
+            kind, count = self.value(_U32), self.value(_U64)
+            return [self.value(kind) for _ in range(count)] if kind == _STRING else list(self.numbers(kind, count))
+        if kind != _STRING:
+            return self.numbers(kind)[0]
+        start = self.take(self.value(_U64))
         try:
             return self.header[start : self.at].decode()
         except UnicodeDecodeError:
             raise self.fail(f"the text at byte {start} is not UTF-8") from None
 
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.numbers(kind)[0]
-        kind, count = self.u32(), self.u64()
-        return [self.string() for _ in range(count)] if kind == _STRING else list(self.numbers(kind, count))
+    def names(self, what: str, count: int) -> Iterator[str]:
+        """The name of each setting or tensor, behind which the caller reads what it has."""
+        seen: set[str] = set()
+        for i in range(count):
+            self.what = f"{what} {i + 1} of {count}"
+            name = self.value(_STRING)
+            self.what = f"{what} {name!r}"
+            if name in seen:
+                raise self.fail("it occurs twice")
+            seen.add(name)
+            yield name
 
 
-def read_gguf(path: Path) -> Gguf:
-    """Settings and tensors of a file; tensors are read when they are asked for. Raises BadFileError, naming the key or
-    tensor, for whatever is damaged, hostile, or not implemented."""
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The settings of a file, as plain values and lists, and its tensors, whose shapes are in row-major order and which
+    are read when they are asked for. Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile,
+    or not implemented."""
     with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadFileError(f"model {path}: it is no GGUF file; fetch the file again")
-        size = os.fstat(file.fileno()).st_size
-        header = mmap.mmap(file.fileno(), min(size, _MAX_HEADER), access=mmap.ACCESS_READ)
+        header, size = file.read(_MAX_HEADER), os.fstat(file.fileno()).st_size
+    if header[:4] != b"GGUF":
+        raise BadFileError(f"model {path}: it is no GGUF file; fetch the file again")
     reader = _Reader(path, header)
-    if (version := reader.u32()) not in (2, 3):
+    if (version := reader.value(_U32)) not in (2, 3):
         raise reader.fail(f"version {version} is not implemented (versions 2 and 3 are, in little endian)")
-    n_tensors, n_settings = reader.u64(), reader.u64()
+    n_tensors, n_settings = reader.numbers(_U64, 2)
     if max(n_tensors, n_settings) > MAX_TENSORS:
         raise reader.fail(f"it claims {n_tensors} tensors and {n_settings} settings, and {MAX_TENSORS} may be there")
-    metadata: dict[str, Any] = {}
-    for i in range(n_settings):
-        reader.what = f"setting {i + 1} of {n_settings}"
-        key = reader.string()
-        reader.what = f"setting {key!r}"
-        if key in metadata:
-            raise reader.fail("it occurs twice")
-        metadata[key] = reader.value(reader.u32())
-    return Gguf(metadata, _read_tensors(reader, n_tensors, metadata.get("general.alignment", 32), size))
+    metadata = {key: reader.value(reader.value(_U32)) for key in reader.names("setting", n_settings)}
+    return metadata, _read_tensors(reader, n_tensors, metadata.get("general.alignment", 32), size)
 
 
 def _read_tensors(reader: _Reader, count: int, alignment: Any, file_size: int) -> dict[str, StoredTensor]:
@@ -117,15 +105,10 @@ def _read_tensors(reader: _Reader, count: int, alignment: Any, file_size: int) -
     if type(alignment) is not int or not 1 <= alignment <= 2**16 or alignment & (alignment - 1):
         raise reader.fail(f"{alignment!r} is no power of two up to 65536")
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
-    for i in range(count):
-        reader.what = f"tensor {i + 1} of {count}"
-        name = reader.string()
-        reader.what = f"tensor {name!r}"
-        if name in found:
-            raise reader.fail("it occurs twice")
-        if not 1 <= (dims := reader.u32()) <= 4:
+    for name in reader.names("tensor", count):
+        if not 1 <= (dims := reader.value(_U32)) <= 4:
             raise reader.fail(f"it has {dims} dimensions")
-        found[name] = tuple(reader.u64() for _ in range(dims))[::-1], reader.u32(), reader.u64()
+        found[name] = reader.numbers(_U64, dims)[::-1], reader.value(_U32), reader.value(_U64)
     start = -(-reader.at // alignment) * alignment
     tensors, ranges = {}, []
     for name, (shape, kind, offset) in found.items():
@@ -168,29 +151,25 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: int) -> Stored
     return StoredTensor(shape, name, read)
 
 
-def write_gguf(path: Path, metadata: dict[str, Any], tensors: TensorWriter) -> None:
+def write_gguf(path: Path, metadata: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
     """Write settings and tensors of the kinds F32, F16, BF16 and Q8_0, one in memory at a time. The caller renames: a
     file that is not complete has no name of its own."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
-    listed = list(tensors)
-    writer = GGUFWriter(path, metadata["general.architecture"])
+    metadata = dict(metadata)
+    writer = GGUFWriter(path, metadata.pop("general.architecture"))
     for key, value in metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif key != "general.architecture":
-            of_value = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, of_value)
-    for name, shape, kind, _ in listed:
-        stored = quants.quant_shape_to_byte_shape(shape, GGMLQuantizationType[kind])
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), GGMLQuantizationType[kind])
+        of_value = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, of_value)
+    for name, tensor in tensors.items():
+        kind = GGMLQuantizationType[tensor.kind]
+        stored = quants.quant_shape_to_byte_shape(tensor.shape, kind)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, kind, read in listed:
-        values = np.ascontiguousarray(read(), np.float32)
-        writer.write_tensor_data(quants.quantize(values, GGMLQuantizationType[kind]))
-    writer.flush()
-    for file in writer.fout or ():
-        os.fsync(file.fileno())
+    for tensor in tensors.values():
+        values = np.ascontiguousarray(tensor.read(), np.float32)
+        writer.write_tensor_data(quants.quantize(values, GGMLQuantizationType[tensor.kind]))
     writer.close()
+    sync(path)

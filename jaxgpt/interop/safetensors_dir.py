@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import numpy as np
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import parse_json, read_json, sync, write_atomically
-from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, TensorWriter, plain_tensor
+from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, plain_tensor
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
@@ -30,26 +30,20 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory, read when it is asked for. Raises BadFileError for a damaged or hostile file, an
     index that does not agree with its files, or pickle files."""
     if not (directory / _INDEX).exists():
-        if not (directory / _ONE).is_file():
-            pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
-            why = f"{pickles[0]} may run code when it is read, so it never is" if pickles else f"there is no {_ONE}"
-            raise BadFileError(f"model {directory}: {why}; take or make {_ONE}")
         return _read_file(directory / _ONE)
     index = read_json(directory / _INDEX, limit=_MAX_HEADER).get("weight_map")
     if not isinstance(index, dict) or len(index) > MAX_TENSORS:
         raise BadFileError(f"model {directory / _INDEX}: its weight_map is no table of names; fetch the file again")
-    listed: dict[str, set[str]] = {}
-    for tensor, file in index.items():
-        if not isinstance(file, str) or not _SHARD.fullmatch(file):
-            odd = f"{file!r:.99} is no .safetensors file of this directory"
-            raise BadFileError(f"model {directory / _INDEX}: {odd}; fetch the file again")
-        listed.setdefault(file, set()).add(tensor)
+    files = sorted({str(file) for file in index.values()})
+    if bad := [file for file in files if not _SHARD.fullmatch(file)]:
+        why = f"{bad[0]!r:.99} is no .safetensors file of this directory"
+        raise BadFileError(f"model {directory / _INDEX}: {why}; fetch the file again")
     tensors: dict[str, StoredTensor] = {}
-    for file, names in listed.items():
+    for file in files:
         found = _read_file(directory / file)
-        if names != found.keys():
-            odd = min(names ^ found.keys())
-            raise BadFileError(f"model {directory}: {file} and the index disagree on tensor {odd!r}; fetch both again")
+        if odd := {name for name, place in index.items() if place == file} ^ found.keys():
+            why = f"{file} and the index disagree on tensor {min(odd)!r}"
+            raise BadFileError(f"model {directory}: {why}; fetch both again")
         tensors |= found
     return tensors
 
@@ -58,16 +52,15 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, whose data must be exactly theirs, without an overlap or a hole."""
     where = f"model {path}"
     if not path.is_file():
-        raise BadFileError(f"{where}: there is no such file; fetch it")
+        never = "files of other kinds, such as pytorch_model.bin, may run code when they are read, so they never are"
+        raise BadFileError(f"{where}: there is no such file; fetch or make it ({never})")
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         room = os.fstat(file.fileno()).st_size - 8 - length
         if room < 0 or length > _MAX_HEADER:
             raise BadFileError(f"{where}: its header claims {length} bytes; fetch the file again")
         header = parse_json(file.read(length), f"the header of {where}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadFileError(f"{where}: its __metadata__ is no table of texts; fetch the file again")
+    header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise BadFileError(f"{where}: {len(header)} tensors are more than {MAX_TENSORS}; take another model")
     tensors, ranges = {}, []
@@ -88,48 +81,42 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _size(kind: str, shape: list) -> int:
+def _size(kind: str, shape: Sequence) -> int:
     if len(shape) > _MAX_DIMS or not all(type(n) is int and n > 0 for n in shape):
         return 0
     return math.prod(shape) * _BYTES.get(kind, 0)
 
 
-def write_safetensors(directory: Path, tensors: TensorWriter, max_shard_bytes: float = 5e9) -> None:
-    """Write tensors of the kinds F32 and BF16, one in memory at a time. More than `max_shard_bytes` go to several files
-    and an index, in the names that other tools expect."""
-    shards: list[list[tuple]] = [[]]
-    room = max_shard_bytes
-    for tensor in tensors:
-        size = int(np.prod(tensor[1])) * PLAIN[tensor[2]].itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = max_shard_bytes
-        room -= size
-        shards[-1].append((*tensor, size))
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [_ONE]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard)
+def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor], shard_bytes: float = 5e9) -> None:
+    """Write tensors of the kinds F32, F16 and BF16, one in memory at a time. More than `shard_bytes` go to several
+    files of about that size and an index, in the names that other tools expect."""
+    shards: dict[float, dict[str, StoredTensor]] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        shards.setdefault(at // shard_bytes, {})[name] = tensor
+        at += _size(tensor.kind, tensor.shape)
+    places: dict[str, str] = {}
+    for i, shard in enumerate(shards.values(), 1):
+        file = _ONE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_file(directory / file, shard)
+        places |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        places = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor[-1] for shard in shards for tensor in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": at}, "weight_map": places}
         write_atomically(directory / _INDEX, json.dumps(index, indent=2).encode())
     sync(directory)
 
 
-def _write_file(path: Path, tensors: list[tuple]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape, kind, _, size in tensors:
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+    for name, tensor in tensors.items():
+        end = at + _size(tensor.kind, tensor.shape)
+        header[name] = {"dtype": tensor.kind, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
-        for _, _, kind, read, _ in tensors:
-            file.write(np.ascontiguousarray(read(), PLAIN[kind]).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.read(), PLAIN[tensor.kind]).view(np.uint8).data)
+    sync(path)

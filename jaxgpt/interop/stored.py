@@ -1,22 +1,23 @@
 """A tensor in a model file, whatever the format: known by its shape, read when it is asked for."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+FLOATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 MAX_TENSORS = 100_000  # in a model's files: Qwen3-235B has 37,000, and each takes 2 kB before anything is read
-TensorWriter = Iterable[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]  # name, shape, kind, what reads it
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """`read()` gives an array of `shape` in row-major order: float32 or float16 or bfloat16 as stored, float32 for
-    quantised data. It reads only then, and nothing stays in memory when the array is dropped."""
+    quantised data and for what is to be written. It reads only then, and nothing stays in memory when the array is
+    dropped."""
 
     shape: tuple[int, ...]
     kind: str  # the type in the file: F32, F16, BF16, Q4_K ...

@@ -36,7 +36,7 @@ def verify(model: Transformer) -> list[Check]:
     config, limit = model.config, 1e-4 if model.config.dtype == "float32" else 0.05
     length, vocabulary = min(_LENGTH, config.context_length), config.vocab_size or 0
     tokens_BT = np.random.default_rng(0).integers(0, vocabulary, (2 * batch_parts(), length), np.int32)
-    whole_BTV = _logits(model, tokens_BT)
+    whole_BTV = logits_of(model, tokens_BT)
 
     def near(name: str, logits_BTV: np.ndarray, wanted_BTV: np.ndarray = whole_BTV) -> Check:
         return Check(name, float(np.abs(logits_BTV - wanted_BTV).max() / np.abs(whole_BTV).max()), limit)
@@ -62,7 +62,8 @@ def _forward(model: Transformer, tokens_BT: Array, cache: Any = None, **layout: 
     return model.logits(x_BTD), cache
 
 
-def _logits(model: Transformer, tokens_BT: np.ndarray, **layout: np.ndarray) -> np.ndarray:
+def logits_of(model: Transformer, tokens_BT: np.ndarray, **layout: np.ndarray) -> np.ndarray:
+    """Those of a forward pass over whole texts [B, T, V]; `layout` is positions_BT and segments_BT."""
     arrays = {name: shard(jnp.asarray(array, jnp.int32), "BT") for name, array in layout.items()}
     return np.asarray(_forward(model, shard(jnp.asarray(tokens_BT), "BT"), **arrays)[0])
 
@@ -79,14 +80,14 @@ def _cached(model: Transformer, tokens_BT: np.ndarray, sizes: list[int]) -> np.n
 
 def _alone(model: Transformer, tokens_BT: np.ndarray) -> np.ndarray:
     others_BT, mine_B = (tokens_BT + 1) % (model.config.vocab_size or 1), np.eye(len(tokens_BT), dtype=bool)
-    return np.stack([_logits(model, np.where(me[:, None], tokens_BT, others_BT))[me][0] for me in mine_B])
+    return np.stack([logits_of(model, np.where(me[:, None], tokens_BT, others_BT))[me][0] for me in mine_B])
 
 
 def _packed(model: Transformer, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the second document of rows that hold two, and of that document by itself."""
     cut, places = tokens_BT.shape[1] // 2, np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    packed = _logits(model, tokens_BT, positions_BT=places - cut * (places >= cut), segments_BT=places >= cut)
-    return packed[:, cut:], _logits(model, tokens_BT[:, cut:])
+    packed = logits_of(model, tokens_BT, positions_BT=places - cut * (places >= cut), segments_BT=places >= cut)
+    return packed[:, cut:], logits_of(model, tokens_BT[:, cut:])
 
 
 def _leak(model: Transformer, window: int) -> float:
@@ -103,6 +104,6 @@ def _leak(model: Transformer, window: int) -> float:
 
     def seen(key: int) -> float:
         other_BT = np.where(np.arange(length) == key, (tokens_BT + 7) % vocabulary, tokens_BT)
-        return float(np.abs(_logits(one, tokens_BT) - _logits(one, other_BT))[:, query].max())
+        return float(np.abs(logits_of(one, tokens_BT) - logits_of(one, other_BT))[:, query].max())
 
     return seen(outside) if seen(inside) > 0 else np.inf

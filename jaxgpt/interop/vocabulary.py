@@ -1,12 +1,13 @@
 """Tokenizers out of GGUF and into it, and for the directories that transformers reads."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import BadFileError, ConfigError, note
-from jaxgpt.files import write_atomically
+from jaxgpt.files import reading, write_atomically
 from jaxgpt.interop.gguf import read_gguf
-from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, reading
+from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.tokenizer.base import Kind
 from jaxgpt.tokenizer.bpe import CUTTINGS, Cutting, byte_level_json, tokenizer_json
 from jaxgpt.tokenizer.spm import model_pb2
@@ -20,7 +21,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of any model: what `load_tokenizer` takes, or a .gguf file. Raises BadFileError."""
     if path.suffix != ".gguf":
         return load_tokenizer(path)
-    return from_gguf(read_gguf(path).metadata, f"tokenizer {path}")
+    return from_gguf(read_gguf(path)[0], f"tokenizer {path}")
 
 
 def from_gguf(metadata: Json, where: str) -> Tokenizer:
@@ -34,8 +35,6 @@ def from_gguf(metadata: Json, where: str) -> Tokenizer:
         if len(kinds) != len(tokens) or not set(kinds) <= {*range(7)} or {type(token) for token in tokens} != {str}:
             raise BadFileError(f"{where}: tokens or token_type are damaged; fetch the file again")
         ids = {name: own.get(f"{name}_token_id") for name in ("bos", "eos", "padding", "eot", "eom", "unknown")}
-        if any(i is not None and not 0 <= i < len(tokens) for i in ids.values()):
-            raise BadFileError(f"{where}: a special token is beyond the {len(tokens)} of the vocabulary")
         begins = own.get("add_bos_token", model == "llama" or pre == "llama-bpe")
         settings = {"bos_token": ids["bos"], "eos_token": ids["eos"], "pad_token": ids["padding"]}
         settings |= {"end_tokens": [ids["eot"], ids["eom"]], "add_bos_token": begins}
@@ -82,13 +81,10 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> Json:
     metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    try:
-        alike = _alike(tokenizer, from_gguf(metadata, tokenizer.where))
-    except BadFileError:  # no name for it is known here
-        alike = False
-    if not alike:
-        raise ConfigError(f"{tokenizer.where}: GGUF has no name for how it cuts a text; use --to hf")
-    return metadata
+    with contextlib.suppress(BadFileError):  # no name for it is known here
+        if _alike(tokenizer, from_gguf(metadata, tokenizer.where)):
+            return metadata
+    raise ConfigError(f"{tokenizer.where}: GGUF has no name for how it cuts a text; use --to hf")
 
 
 def _alike(tokenizer: Tokenizer, written: Tokenizer) -> bool:

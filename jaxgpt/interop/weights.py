@@ -4,12 +4,13 @@ Every name and shape is compared with the configuration before anything is read.
 and goes to its devices in parts, so the host holds one at a time and no device holds a whole that is cut over several.
 """
 
-import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,12 +18,20 @@ from jax import Array
 
 from jaxgpt.errors import BadFileError, note
 from jaxgpt.interop.families import Family, Row
-from jaxgpt.interop.stored import StoredTensor, aligned
+from jaxgpt.interop.stored import FLOATS, StoredTensor, aligned
 from jaxgpt.model import Transformer, axis_sizes, parameter_name
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import place_shapes
 
-_FLOATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
+class Place(NamedTuple):
+    """Where a parameter lies in the stored tensor of one layer, or of one of its experts."""
+
+    row: Row
+    stored: str  # the letters of the stored axes
+    ours: str  # the same in our order
+    at: tuple[slice, ...]  # its part of the tensor, which others may share
+    plus_one: bool  # whether 1 + scale is stored
 
 
 @dataclass(frozen=True)
@@ -33,104 +42,88 @@ class Layout:
     config: ModelConfig
     gguf: bool
 
-    def stored_name(self, row: Row) -> str:
-        return row.gguf if self.gguf else row.hf
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """How long the axis of each letter is in files; k and j are the two halves of K, and a place in one."""
+        return axis_sizes(self.config) | {"V": self.config.vocab_size or 0, "k": 2, "j": self.config.key_dim // 2}
 
-    def tensors(self, names: set[str]) -> dict[str, list[Row]]:
-        """Stored name -> the rows that share it, for the parameters called `names` (those of one layer)."""
-        found: dict[str, list[Row]] = {}
+    @cached_property
+    def tensors(self) -> dict[str, list[Place]]:
+        """Stored name, with `{}` for the layer and `{e}` for the expert -> the parameters in it, one behind the other
+        along the axis that is not D."""
+        model = jax.eval_shape(lambda: Transformer(self.config, jax.random.key(0)))
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+        there = {parameter_name(path).removeprefix("layers.") for path in paths}
+        found: dict[str, list[Place]] = {}
         for row in self.family.rows:
-            if row.name in names:
-                found.setdefault(self.stored_name(row), []).append(row)
+            if row.name in there:
+                name = row.gguf if self.gguf else row.hf
+                before = found.setdefault(name, [])
+                axes, ours = self._axes(row, name)
+                at = [slice(0, math.prod(self.sizes[letter] for letter in axis)) for axis in axes]
+                along = next((i for i, axis in enumerate(axes) if axis != "D"), 0)
+                start = before[-1].at[along].stop if before else 0
+                at[along] = slice(start, start + at[along].stop)
+                plus_one = self.gguf and self.config.norm_plus_one and row.name.endswith("norm.scale")
+                before.append(Place(row, "".join(axes), ours, tuple(at), plus_one))
         return found
 
-    def axes(self, row: Row) -> list[str]:
-        """The letters of each axis of the stored tensor; that of one expert where each has its own."""
-        axes = row.stored.split()
+    def _axes(self, row: Row, name: str) -> tuple[list[str], str]:
+        """The letters of each stored axis, and the same letters in our order."""
+        axes, ours = row.stored.split(), row.axes
         if not self.gguf and self.family.transposed and row.name.endswith("kernel"):
-            axes = axes[::-1]
-        return axes[1:] if "{e}" in self.stored_name(row) else axes
-
-    def sizes(self) -> dict[str, int]:
-        return axis_sizes(self.config) | {"V": self.config.vocab_size or 0}
-
-    def shape(self, row: Row) -> tuple[int, ...]:
-        sizes = self.sizes()
-        return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.axes(row))
-
-    def joined_axis(self, row: Row) -> int:
-        """The axis along which the rows of one tensor lie behind each other: the one that is not D."""
-        return next(i for i, axis in enumerate(self.axes(row)) if axis != "D")
-
-    def whole_shape(self, rows: list[Row]) -> tuple[int, ...]:
-        shape = list(self.shape(rows[0]))
-        if len(rows) > 1:
-            axis = self.joined_axis(rows[0])
-            shape[axis] = sum(self.shape(row)[axis] for row in rows)
-        return tuple(shape)
-
-    def each(self, template: str) -> Iterator[tuple[str, int | None, int | None]]:
-        layers = range(self.config.n_layers) if "{}" in template else [None]
-        experts = range(self.config.n_experts) if "{e}" in template else [None]
-        return ((template.format(layer, e=expert), layer, expert) for layer in layers for expert in experts)
-
-    def read(self, tensors: Mapping[str, StoredTensor], row: Row, rows: list[Row], layer: int | None) -> np.ndarray:
-        """The parameter of one layer, in our axes; a view of what was read where that is possible."""
-        template = self.stored_name(row)
-        if "{e}" in template:
-            experts = range(self.config.n_experts)
-            stored = np.stack([tensors[template.format(layer, e=expert)].read() for expert in experts])
-        else:
-            stored = tensors[template.format(layer)].read()
-        if len(rows) > 1:
-            axis = self.joined_axis(row)
-            start = sum(self.shape(other)[axis] for other in rows[: rows.index(row)])
-            stored = stored[(slice(None),) * axis + (slice(start, start + self.shape(row)[axis]),)]
-        axes = ("E" if "{e}" in template else "") + "".join(self.axes(row))
-        array = self._order(stored.reshape([self.sizes()[letter] for letter in axes]), row, axes, reading=True)
-        return np.einsum(f"{axes}->{row.axes}", array)
-
-    def write(self, parameters: Callable[[str], np.ndarray], rows: list[Row], expert: int | None) -> np.ndarray:
-        """A stored tensor of one layer, from `parameters(name)`."""
-        parts = []
-        for row in rows:
-            axes = ("E" if expert is not None else "") + "".join(self.axes(row))
-            array = parameters(row.name)
-            if row.axes[0] == "V":
-                array = array[: self.config.vocab_size]
-            array = self._order(np.einsum(f"{row.axes}->{axes}", array), row, axes, reading=False)
-            parts.append((array if expert is None else array[expert]).reshape(self.shape(row)))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.joined_axis(rows[0]))
-
-    def _order(self, array: np.ndarray, row: Row, axes: str, *, reading: bool) -> np.ndarray:
-        """GGUF's order of the rows of q and k, and its norms, which hold 1 + scale."""
-        if self.gguf and self.config.norm_plus_one and row.name.endswith("norm.scale"):
-            return array - np.float32(1) if reading else array + np.float32(1)
+            axes.reverse()
+        if "{e}" in name:
+            axes, ours = axes[1:], ours[1:]
         if self.gguf and self.family.interleaved and row.name.startswith(("attention.query.", "attention.key.")):
-            half = self.config.key_dim // 2
-            pairs = np.arange(2 * half).reshape((half, 2) if reading else (2, half)).T.ravel()
-            return np.take(array, pairs, axes.index("K"))
-        return array
+            axes, ours = [axis.replace("K", "jk") for axis in axes], ours.replace("K", "kj")
+        return axes, ours
+
+    def each(self, name: str) -> Iterator[tuple[str, int | None, int | None]]:
+        """Every tensor of a stored name, with its layer and its expert."""
+        layers = range(self.config.n_layers) if "{}" in name else [None]
+        experts = range(self.config.n_experts) if "{e}" in name else [None]
+        return ((name.format(layer, e=expert), layer, expert) for layer in layers for expert in experts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of each tensor of a stored name."""
+        return tuple(part.stop for part in self.tensors[name][-1].at)
+
+    def _part(self, tensor: np.ndarray, place: Place) -> np.ndarray:
+        """A parameter in a stored tensor, as a view of that: to be read or to be written."""
+        array = tensor[place.at].reshape([self.sizes[letter] for letter in place.stored])
+        return np.einsum(f"{place.stored}->{place.ours}", array)
+
+    def read(self, tensors: Mapping[str, StoredTensor], name: str, place: Place, layer: int | None) -> np.ndarray:
+        """The parameter of one layer, in our axes; a view of what was read where that is possible."""
+        experts = range(self.config.n_experts) if "{e}" in name else [None]
+        parts = [self._part(tensors[name.format(layer, e=expert)].read(), place) for expert in experts]
+        array = np.stack(parts) if "{e}" in name else parts[0]
+        array = array.reshape([self.sizes[letter] for letter in place.row.axes])  # K, which may be k and j
+        return array - np.float32(1) if place.plus_one else array
+
+    def write(self, parameter: Callable[[str], np.ndarray], name: str, expert: int | None) -> np.ndarray:
+        """A stored tensor of one layer, from `parameter(name)`."""
+        tensor = np.empty(self.shape(name), np.float32)
+        for place in self.tensors[name]:
+            array, part = parameter(place.row.name), self._part(tensor, place)
+            array = array[: self.sizes[place.row.axes[0]]]  # without the rows that round the vocabulary up
+            array = (array if expert is None else array[expert]).reshape(part.shape)
+            part[...] = array + np.float32(1) if place.plus_one else array
+        return tensor
 
 
-def _names(config: ModelConfig) -> set[str]:
-    shapes = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    return {parameter_name(path).removeprefix("layers.") for path in paths}
-
-
-def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) -> None:
+def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor], where: str) -> None:
     """Raise BadFileError, naming the tensor, unless exactly those of the configuration are there in their shapes.
     Tensors that older files hold although they are computed, or tied to another, are counted on standard error."""
     left = dict(tensors)
-    for template, rows in layout.tensors(_names(layout.config)).items():
-        wanted = layout.whole_shape(rows)
-        for name, _, _ in layout.each(template):
+    for stored_name in layout.tensors:
+        wanted = layout.shape(stored_name)
+        for name, _, _ in layout.each(stored_name):
             found = left.pop(name, None)
-            if found is None:
-                raise BadFileError(f"{where}: there is no tensor {name}; restore the file, or mend its configuration")
-            if found.shape != wanted or found.kind not in _FLOATS:
-                what = f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
+            if found is None or found.shape != wanted or found.kind not in FLOATS:
+                other = found and f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
+                what = other or f"there is no tensor {name}"
                 raise BadFileError(f"{where}: {what}; restore the file, or mend its configuration")
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
@@ -142,23 +135,22 @@ def check_tensors(layout: Layout, tensors: dict[str, StoredTensor], where: str) 
         raise BadFileError(f"{where}: {what}; this model has parts that are not implemented")
 
 
-def load_parameters(abstract: Any, layout: Layout, tensors: dict[str, StoredTensor], where: str) -> Any:
+def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredTensor], where: str) -> Any:
     """`abstract` (`jax.eval_shape` of a Transformer, stacked or not) with the parameters of a file, on its devices.
     Raises BadFileError for a value that is not finite."""
-    rows_of = {row.name: (row, rows) for rows in layout.tensors(_names(layout.config)).values() for row in rows}
+    place_of = {place.row.name: (name, place) for name, places in layout.tensors.items() for place in places}
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         name = parameter_name(path)
         bare = re.sub(r"^layers\.(\d+\.)?", "", name)
-        layer = re.match(r"layers\.(\d+)\.", name)
-        row, rows = rows_of[bare]
-        layers = [int(layer[1])] if layer else list(range(layout.config.n_layers)) if bare != name else [None]
-        array = layout.read(tensors, row, rows, layers[0])
+        numbered = re.match(r"layers\.(\d+)\.", name)
+        stacked = bare != name and not numbered
+        layers = range(layout.config.n_layers) if stacked else [int(numbered[1]) if numbered else None]
+        values = (layout.read(tensors, *place_of[bare], layer) for layer in layers)
+        array = next(values)
         if array.shape != leaf.shape or not array.flags.c_contiguous or array.dtype != leaf.dtype:
             first, array = array, aligned(leaf.shape, leaf.dtype)  # rows that round the vocabulary up stay 0
-            for i, number in enumerate(layers):
-                value = layout.read(tensors, row, rows, number) if i else first
-                target = array if number is None or layer else array[i]
+            for target, value in zip(array if stacked else [array], itertools.chain([first], values), strict=True):
                 target[: len(value)] = value
         if not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise BadFileError(f"{where}: parameter {name} is not finite; restore the file")
@@ -177,9 +169,8 @@ def stored_tensors(model: Transformer, layout: Layout) -> dict[str, StoredTensor
             return np.asarray(leaves[name])
         return np.asarray(leaves[f"layers.{name}"][layer] if stacked else leaves[f"layers.{layer}.{name}"])
 
-    found = {}
-    for template, rows in layout.tensors(_names(layout.config)).items():
-        for name, layer, expert in layout.each(template):
-            read = functools.partial(layout.write, functools.partial(parameter, layer), rows, expert)
-            found[name] = StoredTensor(layout.whole_shape(rows), "F32", read)
-    return found
+    return {
+        name: StoredTensor(layout.shape(each), "F32", partial(layout.write, partial(parameter, layer), each, expert))
+        for each in layout.tensors
+        for name, layer, expert in layout.each(each)
+    }

@@ -8,13 +8,13 @@ bytes, learned pieces. Other people's keep what they do, such as a dummy prefix 
 import os
 from pathlib import Path
 
-from jaxgpt.files import read_bounded, read_json
-from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, reading
+from jaxgpt.files import read_bounded, read_json, reading
+from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer
 from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
-    "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "Tokenizer", "load_tokenizer", "reading",
+    "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "Tokenizer", "load_tokenizer",
     "train_tokenizer",
 ]  # fmt: skip
 

@@ -1,11 +1,10 @@
 """What all tokenizers have in common."""
 
-import contextlib
 import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +145,3 @@ def _refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         what = f"text at character {error.start}: {text[error.start]!a} is a lone surrogate, which is not Unicode text"
         raise ConfigError(f"{what}; remove it or decode the text properly") from None
-
-
-@contextlib.contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Raise BadFileError for whatever comes of values of another kind than a tokenizer's files should hold."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        raise BadFileError(f"{where} is damaged ({type(error).__name__}: {error}); restore the file") from error

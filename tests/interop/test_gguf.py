@@ -1,5 +1,6 @@
 """GGUF against the `gguf` package: what each type of number means, and files in both directions."""
 
+import functools
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from crafted import gguf_file, info, setting, text
 from gguf import GGMLQuantizationType, quants
 
 from jaxgpt.interop.gguf import read_gguf, write_gguf
+from jaxgpt.interop.stored import StoredTensor
 
 QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 SHAPES = [(256,), (3, 512), (2, 3, 256), (2, 1, 3, 512), (1025, 256), (1024, 256), (1, 600_064)]
@@ -35,7 +37,7 @@ def test_quantised_numbers_are_those_of_the_gguf_package(name: str, tmp_path: Pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tensors = read_gguf(tmp_path / "m.gguf").tensors
+    tensors = read_gguf(tmp_path / "m.gguf")[1]
     assert list(tensors) == list(blocks)
     for shape, (tensor, raw) in zip(SHAPES, blocks.items(), strict=True):
         found = tensors[tensor]
@@ -59,7 +61,7 @@ def test_plain_numbers_come_as_they_are(name: str, kind: Any, tmp_path: Path) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    for array, found in zip(arrays, read_gguf(tmp_path / "m.gguf").tensors.values(), strict=True):
+    for array, found in zip(arrays, read_gguf(tmp_path / "m.gguf")[1].values(), strict=True):
         values = found.read()
         assert (found.kind, values.dtype) == (name, kind)
         np.testing.assert_array_equal(values, array)
@@ -75,26 +77,26 @@ def test_what_is_written_is_read_back_and_read_by_the_gguf_package(kind: str, tm
         order.append(name)
         return arrays[name]
 
-    tensors = [(name, array.shape, kind, lambda name=name: reading(name)) for name, array in arrays.items()]
-    write_gguf(tmp_path / "m.gguf", SETTINGS, iter(tensors))
+    tensors = {n: StoredTensor(array.shape, kind, functools.partial(reading, n)) for n, array in arrays.items()}
+    write_gguf(tmp_path / "m.gguf", SETTINGS, tensors)
     assert order == list(arrays)  # each once, when its turn comes
-    ours, theirs = read_gguf(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
+    (metadata, ours), theirs = read_gguf(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
     of_theirs = {tensor.name: tensor for tensor in theirs.tensors}
-    assert list(ours.tensors) == list(of_theirs) == list(arrays)
+    assert list(ours) == list(of_theirs) == list(arrays)
     for name, array in arrays.items():
         stored = quants.quantize(array, GGMLQuantizationType[kind])
         wanted = quants.dequantize(stored, GGMLQuantizationType[kind])
-        values = ours.tensors[name].read()
-        assert ours.tensors[name].kind == of_theirs[name].tensor_type.name == kind
+        values = ours[name].read()
+        assert ours[name].kind == of_theirs[name].tensor_type.name == kind
         np.testing.assert_array_equal(values.astype(np.float32), wanted)
         raw = of_theirs[name].data
         np.testing.assert_array_equal(quants.dequantize(raw, of_theirs[name].tensor_type), wanted)
         assert tuple(of_theirs[name].shape[::-1]) == array.shape
         np.testing.assert_allclose(values.astype(np.float32), array, atol={"F32": 0, "F16": 2e-3}.get(kind, 2e-2))
-    assert ours.metadata == SETTINGS
+    assert metadata == SETTINGS
     for key, value in SETTINGS.items():
         assert theirs.fields[key].contents() == value
-    assert [type(value) for value in ours.metadata.values()] == [type(value) for value in SETTINGS.values()]
+    assert [type(value) for value in metadata.values()] == [type(value) for value in SETTINGS.values()]
     assert theirs.fields["llama.block_count"].types == [gguf.GGUFValueType.UINT32]  # as other readers expect
 
 
@@ -116,7 +118,7 @@ def test_settings_of_every_type_are_read(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    found = read_gguf(tmp_path / "m.gguf").metadata
+    found = read_gguf(tmp_path / "m.gguf")[0]
     assert found == wanted | {"text": "é\n", "texts": ["a", "", "é\n"]}
     assert [type(found[key]) for key in wanted] == [type(value) for value in wanted.values()]
 
@@ -130,7 +132,7 @@ def test_versions_and_alignments(version: int, alignment: int, tmp_path: Path) -
     infos = [info("a", (5,)), info("b", (7,), offset=20 + pad)]
     settings = [setting("general.alignment", alignment)] * (alignment != 32)
     (tmp_path / "m.gguf").write_bytes(gguf_file(settings, infos, data, version=version, alignment=alignment))
-    found = read_gguf(tmp_path / "m.gguf").tensors
+    found = read_gguf(tmp_path / "m.gguf")[1]
     np.testing.assert_array_equal(found["a"].read(), values[:5])
     np.testing.assert_array_equal(found["b"].read(), values[5:])
 
@@ -145,13 +147,13 @@ def test_the_largest_vocabulary_that_is_known_fits(tmp_path: Path) -> None:
         setting("merges", struct.pack("<IIQ", 9, 8, len(merges)) + b"".join(map(text, merges))),
     ]
     (tmp_path / "m.gguf").write_bytes(gguf_file(settings, []))
-    found = read_gguf(tmp_path / "m.gguf").metadata
+    found = read_gguf(tmp_path / "m.gguf")[0]
     assert found["tokens"] == tokens and found["merges"] == merges and set(found["types"]) == {1}
 
 
 def test_a_file_that_is_dropped_is_closed(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf_file([], [info("a", (2,))], b"\0" * 8))
     opened = len(list(Path("/proc/self/fd").iterdir()))
-    found = read_gguf(tmp_path / "m.gguf")
-    found.tensors["a"].read()
+    _, found = read_gguf(tmp_path / "m.gguf")
+    found["a"].read()
     assert len(list(Path("/proc/self/fd").iterdir())) == opened

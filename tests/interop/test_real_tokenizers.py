@@ -103,7 +103,7 @@ def _byte_level_bpe(ours: Tokenizer, path: Path) -> Callable[[str], list[int]]:
 
     from jaxgpt.interop.gguf import read_gguf
 
-    metadata = read_gguf(path).metadata
+    metadata = read_gguf(path)[0]
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
     words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")

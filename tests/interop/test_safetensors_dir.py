@@ -1,6 +1,7 @@
 """Directories of safetensors against the `safetensors` library, in both directions."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt.interop.safetensors_dir import read_safetensors, write_safetensors
-from jaxgpt.interop.stored import TensorWriter
+from jaxgpt.interop.stored import StoredTensor
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "a": (7,),
@@ -27,12 +28,12 @@ def arrays(kind: str) -> dict[str, np.ndarray]:
     return {name: np.asarray(draw.normal(size=shape)).astype(KINDS[kind]) for name, shape in SHAPES.items()}
 
 
-def as_written(given: dict[str, np.ndarray], kind: str, order: list[str]) -> TensorWriter:
+def as_written(given: dict[str, np.ndarray], kind: str, order: list[str]) -> dict[str, StoredTensor]:
     def read(name: str) -> np.ndarray:
         order.append(name)
         return given[name].astype(np.float32)
 
-    return ((name, array.shape, kind, lambda name=name: read(name)) for name, array in given.items())
+    return {name: StoredTensor(array.shape, kind, partial(read, name)) for name, array in given.items()}
 
 
 def assert_read(directory: Path, given: dict[str, np.ndarray], kind: str) -> None:
@@ -58,10 +59,10 @@ def test_what_the_library_writes_is_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("limit", "count"), [(10**9, 1), (12_000, 2), (1, 5)])
+@pytest.mark.parametrize(("limit", "count"), [(10**9, 1), (40, 2), (1, 5)])
 def test_the_library_reads_what_is_written(kind: str, limit: int, count: int, tmp_path: Path) -> None:
     given, order, limit = arrays(kind), list[str](), limit * KINDS[kind].itemsize
-    write_safetensors(tmp_path, as_written(given, kind, order), max_shard_bytes=limit)
+    write_safetensors(tmp_path, as_written(given, kind, order), shard_bytes=limit)
     assert order == list(given)  # each once, when its turn comes
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     several = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -70,7 +71,7 @@ def test_the_library_reads_what_is_written(kind: str, limit: int, count: int, tm
     places: dict[str, str] = {}
     for file in files:
         found = load_file(tmp_path / file)
-        assert len(found) == 1 or sum(array.nbytes for array in found.values()) <= limit
+        assert sum(array.nbytes for array in found.values()) < limit + max(array.nbytes for array in found.values())
         read |= found
         places |= dict.fromkeys(found, file)
         with safe_open(tmp_path / file, "numpy") as opened:

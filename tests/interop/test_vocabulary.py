@@ -348,7 +348,7 @@ def test_gguf_names_what_is_not_implemented() -> None:
     for key, value, message in (
         ("pre", "tekken", r"tokenizer\.ggml\.pre 'tekken' is not implemented; gpt-2, smollm, llama-bpe, qwen2 are"),
         ("model", "t5", r"tokenizer\.ggml\.model 't5' is not implemented; gpt2 and llama are"),
-        ("eos_token_id", 280, "a special token is beyond the 280 of the vocabulary"),
+        ("eos_token_id", 280, "its eos_token 280 is not in the vocabulary"),
         ("token_type", [1], "tokens or token_type are damaged"),
         ("merges", ["a"], "is not a tokenizer.json"),
     ):

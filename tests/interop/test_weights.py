@@ -135,7 +135,7 @@ def test_the_rows_of_queries_and_keys_are_in_the_order_of_the_format(
     with mesh_of():
         model = made.write_hf(tmp_path / "hf", name, tokenizer)
         convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "float32")
-    hf, stored = load_file(tmp_path / "hf" / "model.safetensors"), read_gguf(tmp_path / "x.gguf").tensors
+    hf, stored = load_file(tmp_path / "hf" / "model.safetensors"), read_gguf(tmp_path / "x.gguf")[1]
     paired = name in ("llama, biases", "mixtral", "smollm3", "mistral")
     for theirs, ours, heads in (
         ("q_proj", "attn_q", model.config.n_heads),
@@ -155,7 +155,7 @@ def test_gguf_of_gpt2_holds_matrices_the_other_way_round(
     with mesh_of():
         made.write_hf(tmp_path / "hf", "gpt2", tokenizer)
         convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "float32")
-    hf, stored = load_file(tmp_path / "hf" / "model.safetensors"), read_gguf(tmp_path / "x.gguf").tensors
+    hf, stored = load_file(tmp_path / "hf" / "model.safetensors"), read_gguf(tmp_path / "x.gguf")[1]
     for theirs, ours in (("attn.c_attn", "attn_qkv"), ("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down")):
         np.testing.assert_array_equal(stored[f"blk.2.{ours}.weight"].read(), hf[f"transformer.h.2.{theirs}.weight"].T)
         np.testing.assert_array_equal(stored[f"blk.2.{ours}.bias"].read(), hf[f"transformer.h.2.{theirs}.bias"])
@@ -169,7 +169,7 @@ def test_q8_0_is_near(name: str, tokenizer: Tokenizer, mesh_of: Callable, tmp_pa
         convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "q8_0")
         again = load_model(tmp_path / "x.gguf", for_training=True).model
         before, after = made.logits_of(model), made.logits_of(again)
-    stored = read_gguf(tmp_path / "x.gguf").tensors
+    stored = read_gguf(tmp_path / "x.gguf")[1]
     assert {t.kind for t in stored.values() if len(t.shape) > 1} == {"Q8_0"}
     assert {t.kind for t in stored.values() if len(t.shape) == 1} == {"F32"}
     for parameter, array in leaves(model).items():
@@ -183,7 +183,7 @@ def test_rows_that_q8_0_does_not_divide_stay_bfloat16_and_are_counted(
     with mesh_of():
         made.write_hf(tmp_path / "hf", "llama", tokenizer, intermediate_size=40)
         convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf", "q8_0")
-    stored = read_gguf(tmp_path / "x.gguf").tensors
+    stored = read_gguf(tmp_path / "x.gguf")[1]
     assert {name for name, t in stored.items() if t.kind == "BF16"} == {f"blk.{i}.ffn_down.weight" for i in range(4)}
     assert "4 tensors, such as blk.0.ffn_down.weight, are bfloat16" in capsys.readouterr().err
 
@@ -361,7 +361,7 @@ def test_parameters_go_to_their_devices_in_parts(
     """Each once, from the host to where it is cut; no device ever has a whole that is cut over several, and the host
     drops what it has read before it reads the next parameter."""
     with mesh_of():
-        expected = leaves(made.write_hf(tmp_path / "hf", name, max_shard_bytes=5e4, **WIDE))
+        expected = leaves(made.write_hf(tmp_path / "hf", name, shard_bytes=5e4, **WIDE))
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
     watch = Watch(monkeypatch)
     with mesh_of(*sizes):
