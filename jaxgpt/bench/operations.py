@@ -218,16 +218,15 @@ def _moe(s: Sizes, platform: str) -> Operation:
 
     def every_expert(x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple) -> Array:
         gate_EDF, up_EDF, down_EFD = matrices
-        weights_BTE = jnp.where(experts_BTM[..., None] == jnp.arange(s.E)[None, None, None], weights_BTM[..., None], 0).sum(2)
+        chosen_BTME = experts_BTM[..., None] == jnp.arange(s.E)[None, None, None]
+        weights_BTE = jnp.where(chosen_BTME, weights_BTM[..., None], 0).sum(2)
         hidden_BTEF = jax.nn.silu(jnp.einsum("BTD,EDF->BTEF", x_BTD, gate_EDF))
         hidden_BTEF *= jnp.einsum("BTD,EDF->BTEF", x_BTD, up_EDF) * weights_BTE[..., None].astype(x_BTD.dtype)
         return jnp.einsum("BTEF,EFD->BTD", hidden_BTEF, down_EFD)
 
     matrices = *(_normal(s.E, s.D, s.F, std=s.D**-0.5) for _ in "gu"), _normal(s.E, s.F, s.D, std=s.F**-0.5)
-    implementations = {
-        "ragged products": functools.partial(mixture, activate=jax.nn.silu),
-        "every expert": every_expert,
-    }
+    implementations: dict[str, Function | str] = {"every expert": every_expert}
+    implementations["ragged products"] = functools.partial(mixture, activate=jax.nn.silu)
     inputs = _normal(s.B, s.T, s.D), np.full(shape, 1 / s.M, np.float32), experts_BTM, matrices
     return Operation("BTDFEM", inputs, (0, 3), 6 * s.B * s.T * s.M * s.D * s.F, every_expert, implementations)
 

@@ -101,7 +101,7 @@ def test_presets_change_by_letter() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(ConfigError, match="compile-for v99:2x2: .*; pip install 'jaxgpt.tpu.'"):
+    with pytest.raises(ConfigError, match=r"compile-for v99:2x2: .*; pip install 'jaxgpt.tpu.'"):
         absent_devices("v99:2x2")
 
 

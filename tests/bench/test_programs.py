@@ -62,7 +62,7 @@ def test_compilation_is_that_of_both_depths(mesh_of: Callable[..., Any]) -> None
     ("what", "names"),
     [
         ("decode", ["decode 1 text", "decode 8 texts"]),
-        ("prefill", ["prefill 128 tokens"]),
+        ("prefill", ["prefill 256 tokens"]),
         ("generate", ["decode 1 text", "generate 32 requests"]),
     ],
 )

@@ -83,7 +83,7 @@ def test_a_baseline_finds_what_is_slower(tmp_path: Path, capsys: pytest.CaptureF
     now.show("kernels", changed(ms=9.0), {})  # the machine is slower, and so is the yardstick
     assert "1 of the 2 rows" in capsys.readouterr().err
     now.show("kernels", changed(relative=[1.05, 1.5, 1.6]), {})  # a quarter of the rounds is within the tolerance
-    with pytest.raises(SlowerError, match="loss <V> a takes 1.30 times as long") as error:
+    with pytest.raises(SlowerError, match=r"loss <V> a takes 1\.30 times as long") as error:
         now.show("kernels", changed(relative=[1.2, 1.3, 1.4]), {})
     assert error.value.exit_status == 1
     Output(baseline=baseline, tolerance=0.3).show("kernels", changed(relative=[1.2, 1.3, 1.4]), {})
