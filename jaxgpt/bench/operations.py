@@ -7,6 +7,7 @@ width, V vocabulary, E experts, M experts of a token."""
 
 import functools
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxgpt.model.rotary import rotate
 from jaxgpt.training.optimizer import make_optimizer
 
 Function = Callable[..., Any]
+Sizes = SimpleNamespace  # an integer for each letter
 PRESETS: dict[str, dict[str, int]] = {
     "small": dict(B=4, T=256, D=384, H=6, G=6, K=64, F=1536, V=4096, E=8, M=2),
     "gpt2": dict(B=4, T=1024, D=768, H=12, G=12, K=64, F=3072, V=50304, E=8, M=2),
@@ -43,35 +45,20 @@ class Operation(NamedTuple):
     implementations: Mapping[str, Function | str]
 
 
-class Sizes(NamedTuple):
-    B: int
-    T: int
-    D: int
-    H: int
-    G: int
-    K: int
-    F: int
-    V: int
-    E: int
-    M: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Sizes":
-        """`gpt2`, or `gpt2,B=8,T=512`. Raises ConfigError."""
-        preset, *changes = text.split(",")
-        if preset not in PRESETS:
-            raise ConfigError(f"shapes {preset!r}: it must be one of {', '.join(PRESETS)}, with changes such as ,T=512")
-        sizes = dict(PRESETS[preset])
-        for change in changes:
-            letter, _, number = change.partition("=")
-            if letter not in sizes or not number.isdecimal() or not 0 < int(number) < 2**24:
-                raise ConfigError(
-                    f"shapes {change!r}: it must be one of {', '.join(sizes)} and a number, such as T=512"
-                )
-            sizes[letter] = int(number)
-        if sizes["H"] % sizes["G"] or sizes["K"] % 2 or sizes["M"] > sizes["E"]:
-            raise ConfigError(f"shapes {text}: G must divide H, K must be even, and M at most E")
-        return cls(**sizes)
+def parse_sizes(text: str) -> Sizes:
+    """`gpt2`, or `gpt2,B=8,T=512`. Raises ConfigError."""
+    preset, *changes = text.split(",")
+    if preset not in PRESETS:
+        raise ConfigError(f"shapes {preset!r}: it must be one of {', '.join(PRESETS)}, with changes such as ,T=512")
+    sizes = dict(PRESETS[preset])
+    for change in changes:
+        letter, _, number = change.partition("=")
+        if letter not in sizes or not number.isdecimal() or not 0 < int(number) < 2**24:
+            raise ConfigError(f"shapes {change!r}: it must be one of {', '.join(sizes)} and a number, such as T=512")
+        sizes[letter] = int(number)
+    if sizes["H"] % sizes["G"] or sizes["K"] % 2 or sizes["M"] > sizes["E"]:
+        raise ConfigError(f"shapes {text}: G must divide H, K must be even, and M at most E")
+    return Sizes(**sizes)
 
 
 def _normal(*shape: int, std: float = 1.0) -> np.ndarray:
@@ -225,8 +212,8 @@ def _moe(s: Sizes, platform: str) -> Operation:
         return jnp.einsum("BTEF,EFD->BTD", hidden_BTEF, down_EFD)
 
     matrices = *(_normal(s.E, s.D, s.F, std=s.D**-0.5) for _ in "gu"), _normal(s.E, s.F, s.D, std=s.F**-0.5)
-    implementations: dict[str, Function | str] = {"every expert": every_expert}
-    implementations["ragged products"] = functools.partial(mixture, activate=jax.nn.silu)
+    ragged = functools.partial(mixture, activate=jax.nn.silu)
+    implementations: dict[str, Function | str] = {"ragged products": ragged, "every expert": every_expert}
     inputs = _normal(s.B, s.T, s.D), np.full(shape, 1 / s.M, np.float32), experts_BTM, matrices
     return Operation("BTDFEM", inputs, (0, 3), 6 * s.B * s.T * s.M * s.D * s.F, every_expert, implementations)
 

@@ -34,9 +34,9 @@ class Kernels(Output):
 
     def run(self) -> None:
         from jaxgpt.bench.kernels import compiled_for, contenders, limits, with_roofline
-        from jaxgpt.bench.operations import Sizes
+        from jaxgpt.bench.operations import parse_sizes
 
-        sizes = Sizes.parse(self.shapes)
+        sizes = parse_sizes(self.shapes)
         if self.compile_for:
             return self.show("kernels", list(compiled_for(self.compile_for, self.op, sizes, self.dtype)), {})
         measured = limits(self.dtype)
