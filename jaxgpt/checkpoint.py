@@ -7,7 +7,7 @@ computed on the devices before saving and again after restoring. `<run_dir>/chec
 
     N/            step N: the Orbax items model (all that generation reads), rest and manifest
     N.corrupt     a damaged step, set aside because an older one could be restored; never deleted here
-    N.replaced    step N while it is saved again;  N.discarded: step N on its way to be deleted"""
+    N.discarded   step N on its way to be deleted"""
 
 import contextlib
 import functools
@@ -254,13 +254,11 @@ class Checkpoints(contextlib.ExitStack):
             raise TrainingError(f"step {step} was not saved: leaf {nonfinite[0]} is not finite; resume the one before")
         manifest = json.dumps({"format": FORMAT, "step": step, "leaves": described, "metadata": metadata})
         checked = {"manifest": manifest, "sha256": hashlib.sha256(manifest.encode()).hexdigest()}
-        path = self._directory / str(step)
         writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())  # an old one may raise an old error again
         try:
-            if self._primary and path.exists():  # saved before, or left there in parts
-                os.rename(path, path.with_name(f"{step}.{'discarded' if _missing(path) else 'replaced'}"))
             arrays = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
-            writer.save(path, args=ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(checked)))
+            everything = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(checked))
+            writer.save(self._directory / str(step), args=everything)
         except Exception as error:  # whatever Orbax's array store raises, mostly ValueError
             self._report(step, error)
         else:
@@ -314,10 +312,7 @@ class Checkpoints(contextlib.ExitStack):
     def _clean(self) -> None:
         """Finish what a killed process or a failed save left. Needs the lock: it would hit another's save in flight."""
         for path in self._directory.iterdir():
-            step, _, suffix = path.name.partition(".")
-            if suffix == "replaced" and not (self._directory / step).exists():
-                os.rename(path, self._directory / step)  # what should replace it was never finished
-            elif suffix in ("replaced", "discarded") or suffix.startswith("orbax-checkpoint-tmp"):
+            if path.suffix == ".discarded" or ".orbax-checkpoint-tmp" in path.name:
                 shutil.rmtree(path, ignore_errors=True)  # other parts of a failed save may still be writing
 
     def _report(self, step: int, error: BaseException) -> None:

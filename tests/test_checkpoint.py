@@ -234,7 +234,7 @@ def test_retention(run_dir: Path) -> None:
     assert listing(run_dir) == ["5", "7"]
 
 
-def test_a_step_can_be_saved_again(run_dir: Path) -> None:
+def test_a_damaged_step_can_be_saved_again_but_not_an_intact_one(run_dir: Path) -> None:
     save(run_dir, [1, 2])
     (run_dir / "checkpoints/2/manifest/metadata").write_bytes(b"")
     assert restore(run_dir) == 1
@@ -242,17 +242,17 @@ def test_a_step_can_be_saved_again(run_dir: Path) -> None:
     (run_dir / "checkpoints/2/manifest/metadata").write_bytes(b"")
     assert restore(run_dir) == 1
     save(run_dir, [2])
-    save(run_dir, [2])  # while an intact one is there
+    with pytest.raises(StorageError, match=r"cannot save step 2 in .* already exists"):
+        save(run_dir, [2])
     assert restore(run_dir) == 2
     assert listing(run_dir) == ["1", "2", "2.corrupt", "2.corrupt1"]
 
 
-def test_a_kill_while_a_step_is_saved_again_leaves_the_old_one(run_dir: Path, two_steps: Path) -> None:
+def test_what_a_killed_process_left_is_deleted(run_dir: Path, two_steps: Path) -> None:
     shutil.copytree(two_steps, run_dir)
     directory = run_dir / "checkpoints"
-    (directory / "2").rename(directory / "2.replaced")
     (directory / "1").rename(directory / "1.discarded")
-    (directory / "2.orbax-checkpoint-tmp").mkdir()
+    (directory / "3.orbax-checkpoint-tmp").mkdir()
     assert restore(run_dir) == 2
     assert listing(run_dir) == ["2"]
 
