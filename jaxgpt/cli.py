@@ -10,6 +10,7 @@ import itertools
 import re
 import sys
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
+from jaxgpt.files import cache_home
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 
@@ -83,6 +85,35 @@ def prepare(arguments: list[str], program: str) -> None:
         print(corpus.directory)
 
 
+@contextlib.contextmanager
+def kept_programs() -> Iterator[None]:
+    """Keep what is compiled meanwhile in `<cache>/jaxgpt/compiled`, or in JAX_COMPILATION_CACHE_DIR, and say how much.
+    A program is code that runs when it is read, so the directory is its owner's alone."""
+    import jax
+
+    counts: Counter[str] = Counter()
+
+    def count(event: str, **_: Any) -> None:
+        counts[event.rpartition("/")[2]] += 1
+
+    if not (directory := jax.config.values["jax_compilation_cache_dir"]):
+        directory = cache_home() / "compiled"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)  # which fails for somebody else's
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+        except OSError as error:
+            note(f"compiled programs are not kept: {directory}: {error.strerror}")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+        if counts["cache_misses"] + counts["cache_hits"]:
+            note(f"{counts['cache_misses']} programs compiled, {counts['cache_hits']} read from {directory}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """Where and how precisely a model runs."""
@@ -97,7 +128,6 @@ class Compute:
         import jax
 
         from jaxgpt.interop.load import load_model
-        from jaxgpt.programs import kept_programs
         from jaxgpt.sharding import make_mesh
 
         with jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])), kept_programs():
