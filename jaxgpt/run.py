@@ -16,6 +16,7 @@ from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import BadFileError, ConfigError, nearest
 from jaxgpt.files import read_json, write_atomically
 from jaxgpt.model import Transformer
+from jaxgpt.model_config import require
 from jaxgpt.presets import differences, flatten, to_json, validated
 from jaxgpt.sharding import check_divides
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
@@ -50,12 +51,9 @@ def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
 
 def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The configuration with the vocabulary of the tokenizer, unless it names a larger one."""
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        small = f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}"
-        raise ConfigError(f"{small}; leave it out to take that")
-    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
-    return dataclasses.replace(config, model=model)
+    size, least = config.model.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size
+    require(size >= least, f"model.vocab_size {size} is smaller than the tokenizer's {least}; leave it out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def write_run(config: TrainConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
