@@ -9,7 +9,6 @@ import io
 import itertools
 import re
 import sys
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 
 Options = TypeVar("Options")
-Rows = list[tuple[str, int, bytes]]  # piece, id and bytes of each token
 
 
 def parse(arguments: Sequence[str], kind: type[Options], program: str, **options: Any) -> Options:
@@ -213,7 +211,7 @@ class Tokenize:
     """Show how tokenizers cut a text: pieces, ids and bytes."""
 
     text: Positional[str]  # The text, or - for standard input.
-    # A tokenizer's file, or a model of any kind. Several are shown side by side.
+    # A tokenizer's file, or a model of any kind. Several are shown one after the other.
     tokenizer: UseAppendAction[tuple[Path, ...]]
 
     def run(self) -> None:
@@ -222,31 +220,14 @@ class Tokenize:
         from jaxgpt.interop.vocabulary import open_tokenizer
 
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if self.text == "-" else self.text
-        cuts = [open_tokenizer(path).rows(text) for path in self.tokenizer]
-        heads = ["piece"] if len(cuts) == 1 else [chr(ord("A") + i) for i in range(len(cuts))]
-        table = Table(*(head for name in heads for head in (name, "id")), "bytes", box=None, pad_edge=False)
-        for spans in _side_by_side(cuts):
-            columns = [part for rows in spans for part in ([repr(r[0])[1:-1] for r in rows], [str(r[1]) for r in rows])]
-            raw = min((b"".join(raw for _, _, raw in rows) for rows in spans), key=len)  # without a dummy prefix
-            table.add_row(*map("\n".join, columns), raw.hex(" "))
-        print_table(table)
-        size = len(text.encode())
-        for name, path, rows in zip(heads, self.tokenizer, cuts, strict=True):
-            said = f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token"
-            print(said if len(cuts) == 1 else f"{name}: {said}, {len(rows) / max(size, 1):.2f} tokens per byte, {path}")
-
-
-def _side_by_side(cuts: list[Rows]) -> list[list[Rows]]:
-    """What each tokenizer makes of the text up to every place where all of them end a token. A place is counted from
-    the end of the text: what is before may be longer by a dummy prefix."""
-    sizes = [[len(raw) for _, _, raw in rows] for rows in cuts]
-    places = [[end - sum(each) for end in itertools.accumulate(each)] for each in sizes]
-    shared = sorted({0}.union(set(places[0]).intersection(*places[1:])))
-    spans: list[list[Rows]] = [[[] for _ in cuts] for _ in shared]
-    for i, rows in enumerate(cuts):
-        for row, place in zip(rows, places[i], strict=True):
-            spans[bisect_left(shared, place)][i].append(row)
-    return [span for span in spans if any(span)]
+        for path in self.tokenizer:
+            rows = open_tokenizer(path).rows(text)
+            table = Table("piece", "id", "bytes", box=None, pad_edge=False)
+            for piece, token, raw in rows:
+                table.add_row(repr(piece)[1:-1], str(token), raw.hex(" "))
+            print_table(table)
+            size = len(text.encode())
+            print(f"{path}: {len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
 
 
 @dataclass(frozen=True)
