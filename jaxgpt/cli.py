@@ -38,16 +38,12 @@ def parse(arguments: Sequence[str], kind: type[Options], program: str, **options
     except SystemExit as stop:
         if not stop.code:
             raise
-        message = _out_of_the_box(said.getvalue())
-        raise ConfigError(f"{message}; `{program.split(' [')[0]} --help` lists the options") from None
-
-
-def _out_of_the_box(text: str) -> str:
-    """The first part of the message that tyro frames, and the names that it proposes, in one line."""
+    text = said.getvalue()  # a frame, whose first part is the message, and names that are proposed
     lines = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
     message = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines)).rstrip(".")
-    near = re.findall(r"^│ {5}(--[\w.-]+)", text, re.MULTILINE) if "Unrecognized" in message else []
-    return message + (f"; did you mean {' or '.join(near[:3])}?" if near else "")
+    if "Unrecognized" in message and (near := re.findall(r"^│ {5}(--[\w.-]+)", text, re.MULTILINE)):
+        message += f"; did you mean {' or '.join(near[:3])}?"
+    raise ConfigError(f"{message}; `{program.split(' [')[0]} --help` lists the options")
 
 
 def training_config(arguments: Sequence[str], program: str) -> TrainConfig:
@@ -154,48 +150,46 @@ class Generate(Compute):
         for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be between {least} and {most}")
+        from jaxgpt.generation.batch import Job
         from jaxgpt.generation.engine import Engine
 
         if self.input and self.output:
-            return self._answer(self.input, self.output)
+            if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)):
+                raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
+            part = int(shard[1]), int(shard[2])
+            job = Job(self.input, self.output, self.sampling, is_text=self.format == "text", shard=part)
         with self.load(self.checkpoint, self.step) as trained:
-            engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples, speculate=self.speculate)
-            room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
-            if engine.truncated:
-                note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
-            elif room < self.sampling.max_new_tokens:
-                note(f"{room} tokens of the context are left, so it ends there at the latest")
-            _print_samples(pieces, self.prompt, self.sampling.num_samples)
+            slots = self.slots if self.input else self.sampling.num_samples
+            engine = Engine(trained.model, trained.tokenizer, slots, self.speculate)
+            if self.input:
+                self._answer(job, engine, trained)
+            else:
+                self._continue(engine)
 
-    def _answer(self, source: Path, target: Path) -> None:
+    def _answer(self, job: Any, engine: Any, trained: Any) -> None:
         from jaxgpt.checkpoint import fingerprint
-        from jaxgpt.generation.batch import Job
-        from jaxgpt.generation.engine import Engine
         from jaxgpt.interop.chat import encode_chat
 
-        if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)):
-            raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
-        of = int(shard[1]), int(shard[2])
-        job = Job(source, target, self.sampling, is_text=self.format == "text", shard=of)
-        with self.load(self.checkpoint, self.step) as trained:
-            tokenizer = trained.tokenizer
-            engine = Engine(trained.model, tokenizer, self.slots, self.speculate)
-            rounding = f"{self.speculate} {min(self.slots, 8)}"
-            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
-            job.run(engine, lambda said: encode_chat(tokenizer, said), model)
+        rounding = f"{self.speculate} {min(self.slots, 8)}"
+        model = f"{trained.config} {trained.tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
+        job.run(engine, lambda said: encode_chat(trained.tokenizer, said), model)
 
-
-def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:
-    """The first sample as it comes, the others, which come at the same time, behind it."""
-    written = [prompt] * samples
-    print("--- sample 1\n" if samples > 1 else "", prompt, sep="", end="", flush=True)
-    for sample, text in pieces:
-        written[sample] += text
-        if sample == 0:
-            print(text, end="", flush=True)
-    print()
-    for sample, text in enumerate(written[1:], 2):
-        print(f"--- sample {sample}\n{text}")
+    def _continue(self, engine: Any) -> None:
+        """Print the first sample as it comes, the others, which come at the same time, behind it."""
+        room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
+        if engine.truncated:
+            note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
+        elif room < self.sampling.max_new_tokens:
+            note(f"{room} tokens of the context are left, so it ends there at the latest")
+        written = [self.prompt] * self.sampling.num_samples
+        print("--- sample 1\n" if len(written) > 1 else "", self.prompt, sep="", end="", flush=True)
+        for sample, text in pieces:
+            written[sample] += text
+            if sample == 0:
+                print(text, end="", flush=True)
+        print()
+        for sample, text in enumerate(written[1:], 2):
+            print(f"--- sample {sample}\n{text}")
 
 
 def print_table(table: Table) -> None:
