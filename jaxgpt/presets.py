@@ -11,13 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest
-from jaxgpt.files import parse_json
+from jaxgpt.files import read_json
 
 ROOT = Path(__file__).parents[1]
 
 
 def to_json(config: TrainConfig) -> str:
-    """The configuration as indented JSON; `from_json` gives the same object back."""
+    """The configuration as indented JSON, of which `validated` makes the same object again."""
     return TypeAdapter(TrainConfig).dump_json(config, indent=2).decode() + "\n"
 
 
@@ -43,11 +43,6 @@ def _names(kind: Any) -> Iterator[str]:
             yield from _names(field.type)
 
 
-def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
-    """Parse `to_json`'s text. Raises BadFileError when it is not a JSON object, else what `validated` raises."""
-    return validated(TrainConfig, parse_json(text, where, "restore the file or start a new run"), where)
-
-
 def load_preset(name: str) -> TrainConfig:
     """The TrainConfig that `config()` in a Python file returns, or that a .json file holds. A relative path is looked
     up here, then beside train.py. Raises ConfigError when there is no such preset."""
@@ -57,7 +52,7 @@ def load_preset(name: str) -> TrainConfig:
         near = nearest(name, presets) or f"; there are {', '.join(presets) or 'none here, so give a path'}"
         raise ConfigError(f"configuration {name}: there is no such file{near}")
     if path.suffix == ".json":
-        return from_json(path.read_bytes(), str(path))
+        return validated(TrainConfig, read_json(path, limit=2**20), str(path))
     if path.suffix != ".py":
         raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
     try:

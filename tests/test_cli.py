@@ -22,13 +22,18 @@ from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.data.shards import open_tokenized
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.presets import from_json, to_json
+from jaxgpt.presets import to_json, validated
 from jaxgpt.run import read_config
 from jaxgpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 ENTRY = [sys.executable, "-c", "from jaxgpt.cli import main; main()"]
+
+
+def from_json(text: str) -> TrainConfig:
+    config: TrainConfig = validated(TrainConfig, json.loads(text), "configuration")
+    return config
 
 
 # Configurations

@@ -20,9 +20,15 @@ from jaxgpt.config import (
     TrainingConfig,
 )
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.presets import differences, from_json, to_json
+from jaxgpt.files import parse_json
+from jaxgpt.presets import differences, to_json, validated
 
 DEFAULT = TrainConfig()
+
+
+def from_json(text: str, where: str = "configuration") -> TrainConfig:
+    config: TrainConfig = validated(TrainConfig, parse_json(text, where), where)
+    return config
 
 
 def another(kind: Any, value: Any) -> Any:
@@ -137,7 +143,7 @@ def test_an_illegal_value_in_json_is_refused_by_name(text: str, fragments: list[
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "[" * 100_000, '{"name": "\udcff"', '{"model": NaN}'])
 def test_what_is_not_a_json_object_is_a_bad_file(text: str) -> None:
-    with pytest.raises(BadFileError, match=r"^run.json is not .*; restore the file or start a new run$") as caught:
+    with pytest.raises(BadFileError, match=r"^run.json is not .*; restore the file$") as caught:
         from_json(text, "run.json")
     assert caught.value.exit_status == 65
 

@@ -31,18 +31,16 @@ class TrainState:
 
     @property
     def averaged(self) -> Transformer:
-        return self.model if self.ema is None else self.ema
+        return self.ema or self.model
 
     def parts(self) -> tuple[Transformer, dict[str, Any]]:
         """What a checkpoint holds: the model that generation reads, and all else."""
-        raw = None if self.ema is None else self.model
-        return self.averaged, {"step": self.step, "optimizer": self.optimizer, "raw_model": raw}
+        return self.averaged, {"step": self.step, "optimizer": self.optimizer, "raw_model": self.ema and self.model}
 
     @classmethod
     def join(cls, averaged: Transformer, rest: dict[str, Any]) -> "TrainState":
         raw = rest["raw_model"]
-        model, ema = (averaged, None) if raw is None else (raw, averaged)
-        return cls(rest["step"], model, rest["optimizer"], ema)
+        return cls(rest["step"], raw or averaged, rest["optimizer"], raw and averaged)
 
 
 def init_state(config: TrainConfig) -> TrainState:
