@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len, set_cell_size
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from jaxgpt.config import MeshConfig, TrainConfig
@@ -113,8 +112,7 @@ class Compute:
     """Where and how precisely a model runs."""
 
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))  # Devices to spread the model over.
-    # Arithmetic of a model that was not trained here. Default: float32.
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None  # Arithmetic of other people's models. Default: float32.
 
     @contextlib.contextmanager
     def load(self, path: Path, step: int | None = None) -> Iterator[Any]:
@@ -139,8 +137,7 @@ class Generate(Compute):
     format: Literal["jsonl", "text"] = "jsonl"  # What the lines of the input are: JSON, or the prompts themselves.
     shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
     slots: int = 8  # Lines that are answered at the same time. The answers do not depend on it from 8 on.
-    # Tokens to guess at a time from what a text repeats: fewer passes, the same but for rounding (try 7).
-    speculate: int = 0
+    speculate: int = 0  # Tokens to guess at a time from what a text repeats: faster, same but for rounding (try 7).
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
@@ -192,14 +189,6 @@ class Generate(Compute):
             print(f"--- sample {sample}\n{text}")
 
 
-def print_table(table: Table) -> None:
-    """Print a table, without the control sequences and colours that only some terminals show."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        console.print(table)
-    print(captured.get(), end="")
-
-
 @dataclass(frozen=True)
 class Tokenize:
     """Show how tokenizers cut a text: pieces, ids and bytes."""
@@ -215,11 +204,11 @@ class Tokenize:
 
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if self.text == "-" else self.text
         for path in self.tokenizer:
-            rows = open_tokenizer(path).rows(text)
-            table = Table("piece", "id", "bytes", box=None, pad_edge=False)
-            for piece, token, raw in rows:
-                table.add_row(repr(piece)[1:-1], str(token), raw.hex(" "))
-            print_table(table)
+            cut = open_tokenizer(path).rows(text)
+            rows = [(repr(piece)[1:-1], str(token), raw.hex(" ")) for piece, token, raw in cut]
+            width = max(cell_len(piece) for piece, *_ in [("piece", ""), *rows])
+            for piece, token, raw_bytes in [("piece", "id", "bytes"), *rows]:
+                print(f"{set_cell_size(piece, width)}  {token:<6}  {raw_bytes}")
             size = len(text.encode())
             print(f"{path}: {len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
 
@@ -263,11 +252,9 @@ class Verify(Compute):
 
         with self.load(self.model) as trained:
             checks = verify(trained.model)
-        table = Table("check", "worst difference", "limit", "", box=None, pad_edge=False)
-        for check in checks:
-            passed = "ok" if check.passed else "FAILED"
-            table.add_row(check.name, f"{check.difference:.1e}", f"{check.limit:.0e}", passed)
-        print_table(table)
+        print(f"{'check':<29}  worst difference  limit")
+        for each in checks:
+            print(f"{each.name:<29}  {each.difference:<16.1e}  {each.limit:.0e}  {'ok' if each.passed else 'FAILED'}")
         failed = sum(not check.passed for check in checks)
         summary = f"{self.model}, attention xla, {trained.config.dtype} on {jax.devices()[0].device_kind}"
         if failed:
@@ -279,8 +266,7 @@ class Verify(Compute):
 class Chat(Compute):
     """Talk with a model in the terminal, or answer each line of standard input."""
 
-    # Run directory, directory of a Hugging Face model, or .gguf file; it must have a chat template.
-    model: Positional[Path]
+    model: Positional[Path]  # Run directory, Hugging Face directory or .gguf file; it must have a chat template.
     system: str = ""  # What the model is told before the conversation. Default: what its template says.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0))
 

@@ -85,7 +85,8 @@ class Trainer:
         if (saved := self.checkpoints.saved_step or 0) < self.last:
             why = f"the last step could not be saved, the newest is {saved}; make room and run the same command again"
             raise StorageError(f"{self.config.run_path}: {why}")
-        self.sample(state)
+        if self.config.training.sample_tokens:
+            self.sample(state)
 
     def handle_signal(self, *_: object) -> None:
         """The first Ctrl-C or SIGTERM asks for a stop, the second one leaves the process at once."""
@@ -229,8 +230,6 @@ class Trainer:
 
     def sample(self, state: TrainState) -> None:
         training = self.config.training
-        if not training.sample_tokens:
-            return
         params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
         (completion,) = Engine(state.averaged, self.tokenizer, slots=1).generate([training.sample_prompt], params)
         print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
