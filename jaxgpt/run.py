@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import ModelConfig, TrainConfig
-from jaxgpt.errors import BadFileError, ConfigError, nearest
+from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import read_json, write_atomically
 from jaxgpt.model import Transformer
 from jaxgpt.model_config import require
-from jaxgpt.presets import differences, flatten, to_json, validated
+from jaxgpt.presets import differences, to_json, validated
 from jaxgpt.sharding import check_divides
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -35,10 +35,6 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
     """Raise ConfigError, naming each field, when a run would be resumed with settings that change what it computes."""
-    known = flatten(new)
-    for key in new.allow_change:
-        if key not in known:
-            raise ConfigError(f"allow_change: there is no setting {key}{nearest(key, known)}")
     changed = differences(old, new)
     if new.model.vocab_size is None:  # not yet taken from the tokenizer
         changed.pop("model.vocab_size", None)
