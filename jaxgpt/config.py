@@ -132,8 +132,8 @@ class MeshConfig(Section):
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        require(all(size == -1 or size >= 1 for size in sizes), f"mesh {sizes}: sizes must be -1 or at least 1")
-        require(sizes.count(-1) <= 1, f"mesh {sizes}: only one size can be -1")
+        legal = sizes.count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes)
+        require(legal, f"mesh {sizes}: sizes must be at least 1, and one of them can be -1")
 
     @property
     def size(self) -> int | None:

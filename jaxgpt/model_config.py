@@ -73,8 +73,7 @@ class ModelConfig(Section):
     rope_long_factors: tuple[float, ...] = ()  # With longrope: divides each frequency in longer texts.
     rope_attention_factor: float = 1.0  # With longrope: multiplies rotated queries and keys.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # Kind of normalisation.
-    # pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer. output: x + norm(f(x)), as
-    # in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2.
+    # pre (GPT-2): x + f(norm(x)). post: norm(x + f(x)). output (OLMo 2): x + norm(f(x)). both (Gemma): both norms.
     norm_position: Literal["pre", "post", "output", "both"] = "pre"
     norm_epsilon: float = 1e-5  # Added to the variance.
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"  # Non-linearity of the feed-forward network.
@@ -98,8 +97,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # Arithmetic of the activations; parameters stay float32.
     scan_layers: bool = True  # Compile one layer and loop over it, instead of unrolling all layers.
     remat: Literal["none", "dots", "full"] = "none"  # What backward recomputes: nothing, all but products, or all.
-    # Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
-    # learned positions from N(0, 0.01).
+    # Both: N(0, 0.02), and N(0, 0.02 / sqrt(2L)) into the residual stream; gpt2: N(0, 0.01) for learned positions.
     init: Literal["gpt2", "nanogpt"] = "gpt2"
 
     def __post_init__(self) -> None:

@@ -215,7 +215,7 @@ ILLEGAL: list[tuple[type, dict[str, Any], str]] = [
     (CheckpointConfig, dict(keep_every=-1), "checkpoint.keep_every is -1"),
     (CheckpointConfig, dict(on_save_error="ignore"), "checkpoint.on_save_error is 'ignore'"),
     (MeshConfig, dict(data=0), "mesh (0, 1, 1)"),
-    (MeshConfig, dict(data=-1, tensor=-1), "mesh (-1, 1, -1): only one size can be -1"),
+    (MeshConfig, dict(data=-1, tensor=-1), "mesh (-1, 1, -1): sizes must be at least 1, and one of them can be -1"),
     (TrainConfig, dict(name=""), "name ''"),
     (TrainConfig, dict(name="a/b"), "name 'a/b'"),
     (
