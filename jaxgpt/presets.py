@@ -56,8 +56,7 @@ def load_preset(name: str) -> TrainConfig:
     if path.suffix != ".py":
         raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
     try:
-        make = runpy.run_path(str(path)).get("config")
-        config = make() if callable(make) else None
+        config = runpy.run_path(str(path)).get("config", lambda: None)()
     except JaxgptError:
         raise
     except Exception as error:  # the user's own code; the usual mistake is a field that does not exist

@@ -107,10 +107,10 @@ class Trainer:
         if converted := self.checkpoints.steps() == [0]:
             step, model, provenance = restore_model(self.config.run_path, abstract.model)
             state = jax.jit(init_state, static_argnums=0)(self.config)
-            state = replace(state, model=model, ema=state.ema and jax.tree.map(jnp.copy, model))
-        elif restored := self.checkpoints.restore(*abstract.parts()):
+            state = replace(state, model=model, raw_model=state.raw_model and jax.tree.map(jnp.copy, model))
+        elif restored := self.checkpoints.restore(abstract.model, abstract.rest):
             step, model, rest, provenance = restored
-            state = TrainState.join(model, rest)
+            state = TrainState(model=model, **rest)
         else:
             return jax.jit(init_state, static_argnums=0)(self.config), 0
         for name in ("tokenizer_sha256",) if converted else ("tokenizer_sha256", "data"):
@@ -215,7 +215,7 @@ class Trainer:
 
     def evaluate(self, step: int, state: TrainState) -> bool:
         """Measure the averaged parameters on held-out text; False when a stop comes first, and the next run does it."""
-        figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, lambda: self.stopping)
+        figures = evaluate(self.eval_step, state.model, self.windows, self.tokenizer, lambda: self.stopping)
         if figures is None:
             return False
         if not math.isfinite(loss := figures["val_loss"]):
@@ -226,10 +226,10 @@ class Trainer:
 
     def save(self, step: int, state: TrainState) -> None:
         self.log.sync()
-        self.checkpoints.save(step, *state.parts(), self.provenance)
+        self.checkpoints.save(step, state.model, state.rest, self.provenance)
 
     def sample(self, state: TrainState) -> None:
         training = self.config.training
         params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
-        (completion,) = Engine(state.averaged, self.tokenizer, slots=1).generate([training.sample_prompt], params)
+        (completion,) = Engine(state.model, self.tokenizer, slots=1).generate([training.sample_prompt], params)
         print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
