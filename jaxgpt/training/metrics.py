@@ -104,8 +104,10 @@ def step_figures(record: Record, seconds_left: float) -> str:
 
 
 def evaluation_figures(record: Record, corpora: list[Corpus]) -> str:
-    bits, error, gzip = record["val_bits_per_byte"], record["val_bits_per_byte_se"], gzip_bits_per_byte(corpora)
-    beside = "" if gzip is None else f"  (gzip -9: {gzip:.3f})"
+    bits, error, beside = record["val_bits_per_byte"], record["val_bits_per_byte_se"], ""
+    if all(corpus.val_bytes for corpus in corpora):  # otherwise it is not known
+        gzip = 8 * sum(corpus.val_gzip_bytes for corpus in corpora) / sum(corpus.val_bytes for corpus in corpora)
+        beside = f"  (gzip -9: {gzip:.3f})"
     return f"held-out loss {record['val_loss']:.4f}  {bits:.3f} ± {error:.3f} bits per byte{beside}"
 
 
@@ -133,10 +135,3 @@ def evaluate(
         "val_bits_per_byte": float(bits),
         "val_bits_per_byte_se": float(math.sqrt(spread) / sizes.sum()),
     }
-
-
-def gzip_bits_per_byte(corpora: list[Corpus]) -> float | None:
-    """What `gzip -9` needs for the same held-out text; None when it is not known."""
-    if not all(corpus.val_bytes for corpus in corpora):
-        return None
-    return 8 * sum(corpus.val_gzip_bytes for corpus in corpora) / sum(corpus.val_bytes for corpus in corpora)

@@ -54,8 +54,7 @@ def batch_loss(
 ) -> tuple[Array, Array, Array | None]:
     """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
     where there are experts the two losses of their routers."""
-    layout = batch.tokens, batch.positions, batch.segment_ids
-    x_BTD, _, router = model(*layout, dropout_key=dropout_key)
+    x_BTD, _, router = model(batch.tokens, batch.positions, batch.segment_ids, dropout_key=dropout_key)
     return *linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options), router
 
 
