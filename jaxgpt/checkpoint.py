@@ -249,20 +249,15 @@ class Checkpoints(contextlib.ExitStack):
         else:
             self._pending = step, self._worker.submit(self._finish, step, writer)
 
-    def wait(self) -> None:
-        """Return when all that was saved is durable. A failed save raises StorageError, or with
-        on_save_error="continue" prints a line. Older steps are untouched."""
-        if self._pending is not None:
+    def wait(self, *, block: bool = True) -> None:
+        """Return when all that was saved is durable, or with `block=False` at once. A save that has failed by then
+        raises StorageError, or with on_save_error="continue" prints a line. Older steps are untouched."""
+        if self._pending is not None and (block or self._pending[1].done()):
             step, saving = self._pending
             error = saving.exception()
             self._pending = None
             if error is not None:
                 self._report(step, error)
-
-    def poll(self) -> None:
-        """Report a save that has failed by now as `wait` does, without waiting for one that goes on."""
-        if self._pending is not None and self._pending[1].done():
-            self.wait()
 
     def restore(self, abstract_model: Any, abstract_rest: Any) -> tuple[int, Any, Any, Any] | None:
         """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved. The targets are

@@ -145,7 +145,7 @@ class Trainer:
             state, metrics = step_function(state, place_batch(next(batches)))
             if unreported:
                 self.report(*unreported)
-            self.checkpoints.poll()
+            self.checkpoints.wait(block=False)
             unreported = step, metrics
             if self.stopping or self.save_due(step) or self.evaluation_due(step):
                 self.report(*unreported)

@@ -29,8 +29,6 @@ from jaxgpt.progress import clock
 from jaxgpt.sharding import place_batch
 from jaxgpt.tokenizer import Tokenizer
 
-Record = dict[str, Any]
-
 
 class MetricsLog(contextlib.ExitStack):
     """One JSON object a line, never torn, and no step twice: what a killed run wrote after `step` is cut off first."""
@@ -51,7 +49,7 @@ class MetricsLog(contextlib.ExitStack):
         append(self._board, _event(step=0, file_version="brain.Event:2"))
         append(self._board, _event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # forget the rest
 
-    def write(self, record: Record) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
         append(self._file, _line(record))
         if "val_loss" in record:
@@ -74,13 +72,13 @@ def _event(**fields: Any) -> bytes:
     return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, content))
 
 
-def _line(record: Record) -> bytes:
+def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def _records_until(path: Path, step: int) -> list[Record]:
+def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The whole records up to a step, in order; a line that a dying machine tore is not one."""
-    records: list[Record] = []
+    records: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
@@ -97,13 +95,13 @@ def _start_wandb(config: TrainConfig) -> Any:
     return wandb.init(project="jaxgpt", name=config.name, dir=config.run_path, config=asdict(config), resume="allow")
 
 
-def step_figures(record: Record, seconds_left: float) -> str:
+def step_figures(record: dict[str, Any], seconds_left: float) -> str:
     mfu = f"{100 * record['mfu']:.1f} %" if "mfu" in record else "n/a"
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"
     return f"loss {record['loss']:.4f}  {speed}  MFU {mfu}  {clock(seconds_left)} left"
 
 
-def evaluation_figures(record: Record, corpora: list[Corpus]) -> str:
+def evaluation_figures(record: dict[str, Any], corpora: list[Corpus]) -> str:
     bits, error, beside = record["val_bits_per_byte"], record["val_bits_per_byte_se"], ""
     if all(corpus.val_bytes for corpus in corpora):  # otherwise it is not known
         gzip = 8 * sum(corpus.val_gzip_bytes for corpus in corpora) / sum(corpus.val_bytes for corpus in corpora)

@@ -19,6 +19,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, final = config.peak_lr, config.peak_lr * config.final_lr_ratio
     warmup = min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
+    after = optax.constant_schedule(peak)
     match config.schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio)
@@ -27,8 +28,6 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case "wsd":
             decay = min(max(int(steps * config.decay_fraction), 1), rest)
             after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
-        case _:
-            after = optax.constant_schedule(peak)
     # Step 0 already learns: its rate is peak / (warmup + 1), not 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     return optax.join_schedules([ramp, after], [warmup])
