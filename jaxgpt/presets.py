@@ -32,7 +32,7 @@ def validated(kind: type, value: Any, where: str) -> Any:
         if first["type"] == "unexpected_keyword_argument":
             near = nearest(place.rpartition(".")[2], _names(kind))
             raise ConfigError(f"{where}: unknown key {place}{near}") from None
-        raise ConfigError(f"{where}: {place}: {first['msg']}") from None
+        raise ConfigError(": ".join(filter(None, [where, place, first["msg"]]))) from None  # a lone surrogate: no place
 
 
 def _names(kind: Any) -> Iterator[str]:
