@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,13 +78,18 @@ def prepare(arguments: list[str], program: str) -> None:
         print(corpus.directory)
 
 
-def keep_programs() -> None:
-    """Keep what is compiled from now on in `<cache>/jaxgpt/compiled`, or in JAX_COMPILATION_CACHE_DIR. A program is
-    code that runs when it is read, so the directory is its owner's alone."""
+@contextlib.contextmanager
+def kept_programs() -> Iterator[None]:
+    """Keep what is compiled meanwhile in `<cache>/jaxgpt/compiled`, or in JAX_COMPILATION_CACHE_DIR, and say how much.
+    A program is code that runs when it is read, so the directory is its owner's alone."""
     import jax
 
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if not jax.config.values["jax_compilation_cache_dir"]:
+    counts: Counter[str] = Counter()
+
+    def count(event: str, **_: Any) -> None:
+        counts[event.rpartition("/")[2]] += 1
+
+    if not (directory := jax.config.values["jax_compilation_cache_dir"]):
         directory = cache_home() / "compiled"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,6 +97,14 @@ def keep_programs() -> None:
             jax.config.update("jax_compilation_cache_dir", str(directory))
         except OSError as error:
             note(f"compiled programs are not kept: {directory}: {error.strerror}")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+        if counts["cache_misses"] + counts["cache_hits"]:
+            note(f"{counts['cache_misses']} programs compiled, {counts['cache_hits']} read from {directory}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +122,7 @@ class Compute:
         from jaxgpt.interop.load import load_model
         from jaxgpt.sharding import make_mesh
 
-        keep_programs()
-        with jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])):
+        with jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])), kept_programs():
             yield load_model(path, step=step, dtype=self.dtype)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -239,6 +240,6 @@ def command(
                 signal.signal(number, handler)
         assert isinstance(status, int)
         out, err = capfd.readouterr()
-        return Outcome(status, out, err)
+        return Outcome(status, out, re.sub(r"jaxgpt: \d+ programs compiled, \d+ read from .*\n", "", err))
 
     return run
