@@ -24,6 +24,7 @@ PARAMETERS = {
     "gpt2_124m": 124_439_808,
     "gpt2_xl": 1_557_611_200,
     "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
 }
 MILLION = 2**20
 
@@ -66,7 +67,7 @@ def test_a_large_preset_has_its_published_size(preset: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 8, 1)], ids=["own", "fsdp"])
-@pytest.mark.parametrize("preset", ["gpt2_xl", "llama3_8b"])
+@pytest.mark.parametrize("preset", ["gpt2_xl", "llama3_8b", "llama3_70b"])
 def test_nothing_large_is_on_every_device(preset: str, sizes: tuple[int, int, int] | None) -> None:
     """Of parameters and optimizer state alike: each device holds an eighth, and norms and biases."""
     config = configuration(preset)
