@@ -1,14 +1,13 @@
 """The shape of Llama 3 70B (arXiv:2407.21783, table 3): 70.6 B parameters over fsdp and tensor."""
 
 from dataclasses import replace
-from pathlib import Path
-from runpy import run_path
 
 from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.presets import load_preset
 
 
 def config() -> TrainConfig:
-    small: TrainConfig = run_path(str(Path(__file__).with_name("llama3_8b.py")))["config"]()
+    small = load_preset("configs/llama3_8b.py")
     return replace(
         small,
         name="llama3_70b",

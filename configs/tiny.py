@@ -16,7 +16,6 @@ def config() -> c.TrainConfig:
         name="tiny",
         model=c.ModelConfig(n_layers=4, d_model=256, n_heads=4, context_length=256, positions="rotary"),
         tokenizer=c.TokenizerConfig(vocab_size=2048),
-        data=c.DataConfig(paths=("@python",)),
         optimizer=c.OptimizerConfig(name="muon", peak_lr=5e-3, beta1=0.95, warmup_steps=20),
         training=training,
         checkpoint=c.CheckpointConfig(every=100),

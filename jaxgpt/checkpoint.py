@@ -7,7 +7,7 @@ computed on the devices before saving and again after restoring. `<run_dir>/chec
 
     N/            step N: the Orbax items model (all that generation reads), rest and manifest
     N.corrupt     a damaged step, set aside because an older one could be restored; never deleted here
-    N.replaced    step N while it is saved again;  N.discarded: step N on its way to be deleted"""
+    N.discarded   step N on its way to be deleted"""
 
 import contextlib
 import functools
@@ -26,10 +26,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
-from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.config import CheckpointConfig
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, TrainingError, note
@@ -140,22 +138,6 @@ def _refuse_other_leaves(path: Path, stored: Json, wanted: Json) -> None:
             raise ConfigError(f"checkpoint {path} does not fit this configuration: {why}")
 
 
-def _read_arrays(path: Path, wanted: Json) -> Json:
-    """The arrays of each item. If one process fails, all raise BadFileError: none waits for another for ever."""
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    arguments = {item: ocp.args.StandardRestore(leaves) for item, leaves in wanted.items()}
-    failure = None
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
-            restored: Json = reader.restore(path, args=ocp.args.Composite(**arguments))
-    except Exception as error:  # a damaged file shows as one of a dozen types
-        failure = error
-    if np.any(process_allgather(failure is not None)):
-        raise BadFileError(f"unreadable ({_one_line(failure) if failure else 'by another process'})") from failure
-    return restored
-
-
 def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The items that `targets` names, each a pytree like its target, and the metadata. Raises BadFileError for damage,
     ConfigError for another format or a leaf that is not as in the target."""
@@ -163,7 +145,12 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     wanted = {item: _flatten(place_shapes(tree)) for item, tree in targets.items()}
     for item, leaves in wanted.items():
         _refuse_other_leaves(path, manifest["leaves"][item], leaves)
-    restored = _read_arrays(path, wanted)
+    arguments = {item: ocp.args.StandardRestore(leaves) for item, leaves in wanted.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored: Json = reader.restore(path, args=ocp.args.Composite(**arguments))
+    except Exception as error:  # a damaged file shows as one of a dozen types
+        raise BadFileError(f"unreadable ({_one_line(error)})") from error
     trees = {}
     for item, target in targets.items():
         for name, described in _describe(restored[item]).items():
@@ -215,7 +202,7 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
 
 
 class Checkpoints(contextlib.ExitStack):
-    """The checkpoints of one run, held by the process (or the group of processes) that trains it. A context manager:
+    """The checkpoints of one run, held by the process that trains it. A context manager:
     leaving it, or `close()`, waits for the last save like `wait` and frees the directory. Raises StorageError when
     `run_dir` cannot be written, ConfigError when another process trains there."""
 
@@ -225,16 +212,14 @@ class Checkpoints(contextlib.ExitStack):
         self.saved_step: int | None = None  # the newest step that is known to be durable
         self._config = config
         self._directory = (run_dir / "checkpoints").absolute()  # Orbax takes no other
-        self._primary = jax.process_index() == 0  # alone renames and deletes
         self._pending: tuple[int, Future[None]] | None = None
-        if self._primary:
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self.enter_context(locked(run_dir / "LOCK", wait=False))
-                self._clean()
-            except OSError as error:
-                where = error.filename or self._directory
-                raise StorageError(f"cannot write {where}: {_one_line(error)}; choose another run_dir") from error
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self.enter_context(locked(run_dir / "LOCK", wait=False))
+            self._clean()
+        except OSError as error:
+            where = error.filename or self._directory
+            raise StorageError(f"cannot write {where}: {_one_line(error)}; choose another run_dir") from error
         self._worker = self.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         self.callback(self.wait)
 
@@ -254,32 +239,25 @@ class Checkpoints(contextlib.ExitStack):
             raise TrainingError(f"step {step} was not saved: leaf {nonfinite[0]} is not finite; resume the one before")
         manifest = json.dumps({"format": FORMAT, "step": step, "leaves": described, "metadata": metadata})
         checked = {"manifest": manifest, "sha256": hashlib.sha256(manifest.encode()).hexdigest()}
-        path = self._directory / str(step)
         writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())  # an old one may raise an old error again
         try:
-            if self._primary and path.exists():  # saved before, or left there in parts
-                os.rename(path, path.with_name(f"{step}.{'discarded' if _missing(path) else 'replaced'}"))
             arrays = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
-            writer.save(path, args=ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(checked)))
+            everything = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(checked))
+            writer.save(self._directory / str(step), args=everything)
         except Exception as error:  # whatever Orbax's array store raises, mostly ValueError
             self._report(step, error)
         else:
             self._pending = step, self._worker.submit(self._finish, step, writer)
 
-    def wait(self) -> None:
-        """Return when all that was saved is durable. A failed save raises StorageError, or with
-        on_save_error="continue" prints a line. Older steps are untouched."""
-        if self._pending is not None:
+    def wait(self, *, block: bool = True) -> None:
+        """Return when all that was saved is durable, or with `block=False` at once. A save that has failed by then
+        raises StorageError, or with on_save_error="continue" prints a line. Older steps are untouched."""
+        if self._pending is not None and (block or self._pending[1].done()):
             step, saving = self._pending
             error = saving.exception()
             self._pending = None
             if error is not None:
                 self._report(step, error)
-
-    def poll(self) -> None:
-        """Report a save that has failed by now as `wait` does, without waiting for one that goes on."""
-        if self._pending is not None and self._pending[1].done():
-            self.wait()
 
     def restore(self, abstract_model: Any, abstract_rest: Any) -> tuple[int, Any, Any, Any] | None:
         """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved. The targets are
@@ -288,7 +266,7 @@ class Checkpoints(contextlib.ExitStack):
         ConfigError when a leaf differs in name, shape or dtype, BadFileError when there are steps but none is intact:
         then none is renamed, so that one can be repaired."""
         targets = {"model": abstract_model, "rest": abstract_rest}
-        found = _newest_good(self._directory, targets, set_aside=self._primary)
+        found = _newest_good(self._directory, targets, set_aside=True)
         if found is None:
             return None
         self.saved_step, trees, metadata = found
@@ -297,9 +275,6 @@ class Checkpoints(contextlib.ExitStack):
     def _finish(self, step: int, writer: ocp.AsyncCheckpointer) -> None:
         """In the background: make the step durable, then delete what it makes superfluous."""
         writer.close()  # waits for its writes, and raises what they raise
-        if not self._primary:
-            self.saved_step = step
-            return
         path = self._directory / str(step)
         for written in (*path.rglob("*"), path, self._directory):  # Orbax syncs only its large files
             sync(written)
@@ -314,15 +289,11 @@ class Checkpoints(contextlib.ExitStack):
     def _clean(self) -> None:
         """Finish what a killed process or a failed save left. Needs the lock: it would hit another's save in flight."""
         for path in self._directory.iterdir():
-            step, _, suffix = path.name.partition(".")
-            if suffix == "replaced" and not (self._directory / step).exists():
-                os.rename(path, self._directory / step)  # what should replace it was never finished
-            elif suffix in ("replaced", "discarded") or suffix.startswith("orbax-checkpoint-tmp"):
+            if path.suffix == ".discarded" or ".orbax-checkpoint-tmp" in path.name:
                 shutil.rmtree(path, ignore_errors=True)  # other parts of a failed save may still be writing
 
     def _report(self, step: int, error: BaseException) -> None:
-        if self._primary:
-            self._clean()
+        self._clean()
         failed = f"cannot save step {step} in {self._directory}: {_one_line(error)}"
         message = f"{failed}; make room or mend the disk (the newest saved step is {self.saved_step})"
         if self._config.on_save_error == "stop":

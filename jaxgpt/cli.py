@@ -9,25 +9,24 @@ import io
 import itertools
 import re
 import sys
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len, set_cell_size
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from jaxgpt.bench import verbs as bench
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
+from jaxgpt.files import cache_home
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
 
 Options = TypeVar("Options")
-Rows = list[tuple[str, int, bytes]]  # piece, id and bytes of each token
 
 
 def parse(arguments: Sequence[str], kind: type[Options], program: str, **options: Any) -> Options:
@@ -39,16 +38,12 @@ def parse(arguments: Sequence[str], kind: type[Options], program: str, **options
     except SystemExit as stop:
         if not stop.code:
             raise
-        message = _out_of_the_box(said.getvalue())
-        raise ConfigError(f"{message}; `{program.split(' [')[0]} --help` lists the options") from None
-
-
-def _out_of_the_box(text: str) -> str:
-    """The first part of the message that tyro frames, and the names that it proposes, in one line."""
+    text = said.getvalue()  # a frame, whose first part is the message, and names that are proposed
     lines = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
     message = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines)).rstrip(".")
-    near = re.findall(r"^│ {5}(--[\w.-]+)", text, re.MULTILINE) if "Unrecognized" in message else []
-    return message + (f"; did you mean {' or '.join(near[:3])}?" if near else "")
+    if "Unrecognized" in message and (near := re.findall(r"^│ {5}(--[\w.-]+)", text, re.MULTILINE)):
+        message += f"; did you mean {' or '.join(near[:3])}?"
+    raise ConfigError(f"{message}; `{program.split(' [')[0]} --help` lists the options")
 
 
 def training_config(arguments: Sequence[str], program: str) -> TrainConfig:
@@ -84,13 +79,41 @@ def prepare(arguments: list[str], program: str) -> None:
         print(corpus.directory)
 
 
+@contextlib.contextmanager
+def kept_programs() -> Iterator[None]:
+    """Keep what is compiled meanwhile in `<cache>/jaxgpt/compiled`, or in JAX_COMPILATION_CACHE_DIR, and say how much.
+    A program is code that runs when it is read, so the directory is its owner's alone."""
+    import jax
+
+    counts: Counter[str] = Counter()
+
+    def count(event: str, **_: Any) -> None:
+        counts[event.rpartition("/")[2]] += 1
+
+    if not (directory := jax.config.values["jax_compilation_cache_dir"]):
+        directory = cache_home() / "compiled"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)  # which fails for somebody else's
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+        except OSError as error:
+            note(f"compiled programs are not kept: {directory}: {error.strerror}")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+        if counts["cache_misses"] + counts["cache_hits"]:
+            note(f"{counts['cache_misses']} programs compiled, {counts['cache_hits']} read from {directory}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """Where and how precisely a model runs."""
 
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))  # Devices to spread the model over.
-    # Arithmetic of a model that was not trained here. Default: float32.
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None  # Arithmetic of other people's models. Default: float32.
 
     @contextlib.contextmanager
     def load(self, path: Path, step: int | None = None) -> Iterator[Any]:
@@ -98,7 +121,6 @@ class Compute:
         import jax
 
         from jaxgpt.interop.load import load_model
-        from jaxgpt.programs import kept_programs
         from jaxgpt.sharding import make_mesh
 
         with jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])), kept_programs():
@@ -116,8 +138,7 @@ class Generate(Compute):
     format: Literal["jsonl", "text"] = "jsonl"  # What the lines of the input are: JSON, or the prompts themselves.
     shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
     slots: int = 8  # Lines that are answered at the same time. The answers do not depend on it from 8 on.
-    # Tokens to guess at a time from what a text repeats: fewer passes, the same but for rounding (try 7).
-    speculate: int = 0
+    speculate: int = 0  # Tokens to guess at a time from what a text repeats: faster, same but for rounding (try 7).
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
@@ -127,56 +148,46 @@ class Generate(Compute):
         for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be between {least} and {most}")
+        from jaxgpt.generation.batch import Job
         from jaxgpt.generation.engine import Engine
 
         if self.input and self.output:
-            return self._answer(self.input, self.output)
+            if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)):
+                raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
+            part = int(shard[1]), int(shard[2])
+            job = Job(self.input, self.output, self.sampling, is_text=self.format == "text", shard=part)
         with self.load(self.checkpoint, self.step) as trained:
-            engine = Engine(trained.model, trained.tokenizer, slots=self.sampling.num_samples, speculate=self.speculate)
-            room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
-            if engine.truncated:
-                note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
-            elif room < self.sampling.max_new_tokens:
-                note(f"{room} tokens of the context are left, so it ends there at the latest")
-            _print_samples(pieces, self.prompt, self.sampling.num_samples)
+            slots = self.slots if self.input else self.sampling.num_samples
+            engine = Engine(trained.model, trained.tokenizer, slots, self.speculate)
+            if self.input:
+                self._answer(job, engine, trained)
+            else:
+                self._continue(engine)
 
-    def _answer(self, source: Path, target: Path) -> None:
+    def _answer(self, job: Any, engine: Any, trained: Any) -> None:
         from jaxgpt.checkpoint import fingerprint
-        from jaxgpt.generation.batch import Job
-        from jaxgpt.generation.engine import Engine
         from jaxgpt.interop.chat import encode_chat
 
-        if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)):
-            raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
-        of = int(shard[1]), int(shard[2])
-        job = Job(source, target, self.sampling, is_text=self.format == "text", shard=of)
-        with self.load(self.checkpoint, self.step) as trained:
-            tokenizer = trained.tokenizer
-            engine = Engine(trained.model, tokenizer, self.slots, self.speculate)
-            rounding = f"{self.speculate} {min(self.slots, 8)}"
-            model = f"{trained.config} {tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
-            job.run(engine, lambda said: encode_chat(tokenizer, said), model)
+        rounding = f"{self.speculate} {min(self.slots, 8)}"
+        model = f"{trained.config} {trained.tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
+        job.run(engine, lambda said: encode_chat(trained.tokenizer, said), model)
 
-
-def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, samples: int) -> None:
-    """The first sample as it comes, the others, which come at the same time, behind it."""
-    written = [prompt] * samples
-    print("--- sample 1\n" if samples > 1 else "", prompt, sep="", end="", flush=True)
-    for sample, text in pieces:
-        written[sample] += text
-        if sample == 0:
-            print(text, end="", flush=True)
-    print()
-    for sample, text in enumerate(written[1:], 2):
-        print(f"--- sample {sample}\n{text}")
-
-
-def print_table(table: Table) -> None:
-    """Print a table, without the control sequences and colours that only some terminals show."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        console.print(table)
-    print(captured.get(), end="")
+    def _continue(self, engine: Any) -> None:
+        """Print the first sample as it comes, the others, which come at the same time, behind it."""
+        room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
+        if engine.truncated:
+            note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
+        elif room < self.sampling.max_new_tokens:
+            note(f"{room} tokens of the context are left, so it ends there at the latest")
+        written = [self.prompt] * self.sampling.num_samples
+        print("--- sample 1\n" if len(written) > 1 else "", self.prompt, sep="", end="", flush=True)
+        for sample, text in pieces:
+            written[sample] += text
+            if sample == 0:
+                print(text, end="", flush=True)
+        print()
+        for sample, text in enumerate(written[1:], 2):
+            print(f"--- sample {sample}\n{text}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ class Tokenize:
     """Show how tokenizers cut a text: pieces, ids and bytes."""
 
     text: Positional[str]  # The text, or - for standard input.
-    # A tokenizer's file, or a model of any kind. Several are shown side by side.
+    # A tokenizer's file, or a model of any kind. Several are shown one after the other.
     tokenizer: UseAppendAction[tuple[Path, ...]]
 
     def run(self) -> None:
@@ -193,31 +204,14 @@ class Tokenize:
         from jaxgpt.interop.vocabulary import open_tokenizer
 
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if self.text == "-" else self.text
-        cuts = [open_tokenizer(path).rows(text) for path in self.tokenizer]
-        heads = ["piece"] if len(cuts) == 1 else [chr(ord("A") + i) for i in range(len(cuts))]
-        table = Table(*(head for name in heads for head in (name, "id")), "bytes", box=None, pad_edge=False)
-        for spans in _side_by_side(cuts):
-            columns = [part for rows in spans for part in ([repr(r[0])[1:-1] for r in rows], [str(r[1]) for r in rows])]
-            raw = min((b"".join(raw for _, _, raw in rows) for rows in spans), key=len)  # without a dummy prefix
-            table.add_row(*map("\n".join, columns), raw.hex(" "))
-        print_table(table)
-        size = len(text.encode())
-        for name, path, rows in zip(heads, self.tokenizer, cuts, strict=True):
-            said = f"{len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token"
-            print(said if len(cuts) == 1 else f"{name}: {said}, {len(rows) / max(size, 1):.2f} tokens per byte, {path}")
-
-
-def _side_by_side(cuts: list[Rows]) -> list[list[Rows]]:
-    """What each tokenizer makes of the text up to every place where all of them end a token. A place is counted from
-    the end of the text: what is before may be longer by a dummy prefix."""
-    sizes = [[len(raw) for _, _, raw in rows] for rows in cuts]
-    places = [[end - sum(each) for end in itertools.accumulate(each)] for each in sizes]
-    shared = sorted({0}.union(set(places[0]).intersection(*places[1:])))
-    spans: list[list[Rows]] = [[[] for _ in cuts] for _ in shared]
-    for i, rows in enumerate(cuts):
-        for row, place in zip(rows, places[i], strict=True):
-            spans[bisect_left(shared, place)][i].append(row)
-    return [span for span in spans if any(span)]
+        for path in self.tokenizer:
+            cut = open_tokenizer(path).rows(text)
+            rows = [(repr(piece)[1:-1], str(token), raw.hex(" ")) for piece, token, raw in cut]
+            width = max(cell_len(piece) for piece, *_ in [("piece", ""), *rows])
+            for piece, token, raw_bytes in [("piece", "id", "bytes"), *rows]:
+                print(f"{set_cell_size(piece, width)}  {token:<6}  {raw_bytes}")
+            size = len(text.encode())
+            print(f"{path}: {len(rows)} tokens, {size} bytes, {size / max(len(rows), 1):.2f} bytes per token")
 
 
 @dataclass(frozen=True)
@@ -259,11 +253,9 @@ class Verify(Compute):
 
         with self.load(self.model) as trained:
             checks = verify(trained.model)
-        table = Table("check", "worst difference", "limit", "", box=None, pad_edge=False)
-        for check in checks:
-            passed = "ok" if check.passed else "FAILED"
-            table.add_row(check.name, f"{check.difference:.1e}", f"{check.limit:.0e}", passed)
-        print_table(table)
+        print(f"{'check':<29}  worst difference  limit")
+        for each in checks:
+            print(f"{each.name:<29}  {each.difference:<16.1e}  {each.limit:.0e}  {'ok' if each.passed else 'FAILED'}")
         failed = sum(not check.passed for check in checks)
         summary = f"{self.model}, attention xla, {trained.config.dtype} on {jax.devices()[0].device_kind}"
         if failed:
@@ -275,8 +267,7 @@ class Verify(Compute):
 class Chat(Compute):
     """Talk with a model in the terminal, or answer each line of standard input."""
 
-    # Run directory, directory of a Hugging Face model, or .gguf file; it must have a chat template.
-    model: Positional[Path]
+    model: Positional[Path]  # Run directory, Hugging Face directory or .gguf file; it must have a chat template.
     system: str = ""  # What the model is told before the conversation. Default: what its template says.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0))
 

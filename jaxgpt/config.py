@@ -44,8 +44,7 @@ class DataConfig(Section):
     weights: tuple[float, ...] = ()  # Mixture weights, one for each path; without them all paths are one corpus.
     text_key: str = "text"  # Field or column that holds the text in .jsonl and .parquet.
     val_fraction: float = 0.02  # Share of the documents that are held out for evaluation.
-    # Stop when more than this many documents cannot be read; the skipped ones are counted and listed.
-    max_bad_documents: int = 0
+    max_bad_documents: int = 0  # Stop when more documents cannot be read; the skipped ones are counted and listed.
     shard_tokens: int = 64 * 2**20  # Tokens in one shard file.
     cache_dir: str = ""  # Where prepared corpora are kept. Default: $XDG_CACHE_HOME/jaxgpt or ~/.cache/jaxgpt.
 
@@ -69,8 +68,7 @@ class OptimizerConfig(Section):
     # adafactor has no betas and no epsilon of its own, lion no epsilon.
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     peak_lr: float = 6e-4  # Learning rate after warm-up.
-    # Shape after warm-up; wsd is warm-up, stable, linear decay.
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # Shape after warm-up; wsd: flat, then linear.
     warmup_steps: int = 100  # Steps of linear warm-up.
     final_lr_ratio: float = 0.1  # Last learning rate over the peak.
     decay_fraction: float = 0.2  # With wsd: the share of all steps that decays.
@@ -79,8 +77,7 @@ class OptimizerConfig(Section):
     epsilon: float = 1e-8  # Added to the root of the second moment.
     weight_decay: float = 0.1  # Decoupled decay of matrices and embeddings; never of norms and biases.
     clip_norm: float = 1.0  # Largest global gradient norm; 0 turns clipping off.
-    # Decay of an exponential moving average of the parameters, used to evaluate and sample; 0 turns it off.
-    ema_decay: float = 0.0
+    ema_decay: float = 0.0  # Decay of a moving average of the parameters, used to evaluate and sample; 0 is off.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +93,7 @@ class TrainingConfig(Section):
 
     steps: int = 1000  # Optimizer updates.
     batch_size: int = 32  # Sequences in one update, over all devices.
-    # Parts that a batch is cut into when it does not fit; the result is that of the whole batch.
-    accumulation_steps: int = 1
+    accumulation_steps: int = 1  # Parts that a batch is cut into when it does not fit; the result is the same.
     seed: int = 0  # Decides the initial parameters, the order of the data and dropout.
     log_every: int = 10  # Steps between training records.
     eval_every: int = 250  # Steps between evaluations; 0 evaluates only at the end.
@@ -123,8 +119,7 @@ class CheckpointConfig(Section):
     every: int = 250  # Steps between saves; the last step is always saved.
     keep_last: int = 2  # Newest checkpoints that stay.
     keep_every: int = 0  # Also keep each checkpoint whose step is a multiple of this; 0 keeps none.
-    # After a failed save (disk full): stop with status 74, or go on and try again at the next.
-    on_save_error: Literal["stop", "continue"] = "stop"
+    on_save_error: Literal["stop", "continue"] = "stop"  # After a failed save (disk full): stop, or go on to the next.
 
 
 @dataclass(frozen=True)
@@ -137,8 +132,8 @@ class MeshConfig(Section):
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        require(all(size == -1 or size >= 1 for size in sizes), f"mesh {sizes}: sizes must be -1 or at least 1")
-        require(sizes.count(-1) <= 1, f"mesh {sizes}: only one size can be -1")
+        legal = sizes.count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes)
+        require(legal, f"mesh {sizes}: sizes must be at least 1, and one of them can be -1")
 
     @property
     def size(self) -> int | None:

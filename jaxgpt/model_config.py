@@ -54,40 +54,31 @@ class ModelConfig(Section):
     n_layers: int = 12  # Number of transformer blocks (L).
     d_model: int = 768  # Width of the residual stream (D).
     n_heads: int = 12  # Query heads (H).
-    # Key/value heads (G): 1 is multi-query, fewer than n_heads is grouped-query attention. Default: n_heads.
-    n_kv_heads: int | None = None
+    n_kv_heads: int | None = None  # Key/value heads (G); fewer than n_heads is grouped-query. Default: n_heads.
     head_dim: int | None = None  # Width of one head (K). Default: d_model / n_heads.
     d_ff: int | None = None  # Hidden width of the feed-forward network (F). Default: 4 * d_model.
     context_length: int = 1024  # Tokens in one training sequence, and the largest position.
     vocab_size: int | None = None  # Vocabulary (V). Default: that of the tokenizer.
-    # How the model knows the order of tokens.
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # What tells the order of tokens.
     rope_theta: float = 10_000.0  # Base of the rotary frequencies.
-    # Base on the layers that have a window, where nothing is scaled. Default: as on the others.
-    local_rope_theta: float | None = None
+    local_rope_theta: float | None = None  # Base on layers with a window, never scaled. Default: as on the others.
     rope_fraction: float = 1.0  # Share of each head, from its first dimension on, that is rotated.
-    # Whether each layer rotates, repeated over the layers; (True, True, True, False) leaves each fourth without.
-    rotary_layers: tuple[bool, ...] = ()
-    # How the frequencies are stretched for texts longer than those of the training.
-    rope_scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    rotary_layers: tuple[bool, ...] = ()  # Whether each layer rotates, repeated over the layers. Default: all do.
+    rope_scaling: Literal["none", "linear", "llama3", "longrope"] = "none"  # How frequencies stretch to longer texts.
     rope_factor: float = 1.0  # With linear and llama3: how many times slower the slow frequencies turn.
-    # With llama3: frequencies that turn less often than this in the original context are slowed by the factor.
-    rope_low_frequency: float = 1.0
-    rope_high_frequency: float = 4.0  # With llama3: frequencies that turn more often than this stay.
+    rope_low_frequency: float = 1.0  # With llama3: frequencies with fewer turns in the original context are slowed.
+    rope_high_frequency: float = 4.0  # With llama3: frequencies with more turns than this stay.
     rope_original_context: int = 8192  # With llama3 and longrope: context length of the training before.
-    # With longrope: divides each frequency in texts up to the original context.
-    rope_short_factors: tuple[float, ...] = ()
+    rope_short_factors: tuple[float, ...] = ()  # With longrope: divides each frequency up to the original context.
     rope_long_factors: tuple[float, ...] = ()  # With longrope: divides each frequency in longer texts.
     rope_attention_factor: float = 1.0  # With longrope: multiplies rotated queries and keys.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # Kind of normalisation.
-    # pre: x + f(norm(x)), as in GPT-2. post: norm(x + f(x)), as in the first transformer. output: x + norm(f(x)), as
-    # in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2.
+    # pre (GPT-2): x + f(norm(x)). post: norm(x + f(x)). output (OLMo 2): x + norm(f(x)). both (Gemma): both norms.
     norm_position: Literal["pre", "post", "output", "both"] = "pre"
     norm_epsilon: float = 1e-5  # Added to the variance.
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"  # Non-linearity of the feed-forward network.
     gated_mlp: bool = False  # Multiply the activation by a second projection (SwiGLU, GeGLU).
-    # Feed-forward networks (E), each d_ff wide, of which a router takes some for each token; 0 is one alone.
-    n_experts: int = 0
+    n_experts: int = 0  # Feed-forward networks (E), of which a router takes some for each token; 0 is one alone.
     experts_per_token: int = 2  # Experts that each token is sent to.
     normalize_experts: bool = True  # Let the weights of a token's experts add up to 1.
     attention_bias: bool = True  # Biases in the query, key and value projections.
@@ -95,22 +86,18 @@ class ModelConfig(Section):
     mlp_bias: bool = True  # Biases in the feed-forward network.
     norm_bias: bool = True  # A bias in LayerNorm.
     norm_plus_one: bool = False  # Multiply by 1 + scale, as in Gemma, so that a scale decays towards 1.
-    # RMS-normalise queries and keys: each head alone, or all heads together.
-    qk_norm: Literal["none", "head", "all"] = "none"
+    qk_norm: Literal["none", "head", "all"] = "none"  # RMS-normalise queries and keys: each head, or all together.
     query_scalar: float | None = None  # Attention scores are divided by its square root. Default: head_dim.
     attention_softcap: float | None = None  # c * tanh(scores / c) on attention scores.
     logit_softcap: float | None = None  # c * tanh(logits / c) on the output logits.
-    # Sliding-window sizes, repeated over the layers; 0 sees everything. (1024, 0) alternates.
-    windows: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()  # Sliding windows, repeated over the layers; 0 sees everything. (1024, 0) alternates.
     tie_embeddings: bool = True  # Use the token embedding as the output projection.
     scale_embeddings: bool = False  # Multiply token embeddings by sqrt(d_model).
     dropout: float = 0.0  # Dropped share of the embeddings and of each block's outputs while training.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Arithmetic of the activations; parameters stay float32.
     scan_layers: bool = True  # Compile one layer and loop over it, instead of unrolling all layers.
-    # What the backward pass recomputes: nothing, all but matrix products, or each whole layer.
-    remat: Literal["none", "dots", "full"] = "none"
-    # Both draw from N(0, 0.02), and projections into the residual stream from N(0, 0.02 / sqrt(2L)); gpt2 draws
-    # learned positions from N(0, 0.01).
+    remat: Literal["none", "dots", "full"] = "none"  # What backward recomputes: nothing, all but products, or all.
+    # Both: N(0, 0.02), and N(0, 0.02 / sqrt(2L)) into the residual stream; gpt2: N(0, 0.01) for learned positions.
     init: Literal["gpt2", "nanogpt"] = "gpt2"
 
     def __post_init__(self) -> None:
@@ -128,10 +115,9 @@ class ModelConfig(Section):
             require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
-        plain = self.gated_mlp and not self.mlp_bias
-        legal = not self.n_experts or (self.experts_per_token <= self.n_experts and plain)
-        need = "experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts"
-        require(legal, f"model.n_experts {self.n_experts}: {need}")
+        if self.n_experts:
+            legal = self.gated_mlp and not self.mlp_bias and self.experts_per_token <= self.n_experts
+            require(legal, "model.n_experts: experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts")
         if self.rope_scaling == "longrope":
             sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
             require(len(sizes) == 1, f"model.rope_long_factors: longrope needs {self.rotary_dim // 2} of each")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest
-from jaxgpt.files import parse_json
+from jaxgpt.files import read_json
 
 ROOT = Path(__file__).parents[1]
 
 
 def to_json(config: TrainConfig) -> str:
-    """The configuration as indented JSON; `from_json` gives the same object back."""
+    """The configuration as indented JSON, of which `validated` makes the same object again."""
     return TypeAdapter(TrainConfig).dump_json(config, indent=2).decode() + "\n"
 
 
@@ -27,19 +28,19 @@ def validated(kind: type, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] != "unexpected_keyword_argument":
-            why = ": ".join(filter(None, [where, ".".join(map(str, first["loc"])), first["msg"]]))
-            raise ConfigError(why) from None
-        *outer, name = map(str, first["loc"])
-        for each in outer:
-            kind = next(f.type for f in dataclasses.fields(kind) if f.name == each)  # type: ignore[assignment]
-        near = nearest(name, [f.name for f in dataclasses.fields(kind)])
-        raise ConfigError(f"{where}: unknown key {'.'.join([*outer, name])}{near}") from None
+        place = ".".join(map(str, first["loc"]))
+        if first["type"] == "unexpected_keyword_argument":
+            near = nearest(place.rpartition(".")[2], _names(kind))
+            raise ConfigError(f"{where}: unknown key {place}{near}") from None
+        raise ConfigError(": ".join(filter(None, [where, place, first["msg"]]))) from None  # a lone surrogate: no place
 
 
-def from_json(text: str | bytes, where: str = "configuration") -> TrainConfig:
-    """Parse `to_json`'s text. Raises BadFileError when it is not a JSON object, else what `validated` raises."""
-    return validated(TrainConfig, parse_json(text, where, "restore the file or start a new run"), where)
+def _names(kind: Any) -> Iterator[str]:
+    """The fields of a dataclass, and of those in it."""
+    for field in dataclasses.fields(kind):
+        yield field.name
+        if dataclasses.is_dataclass(field.type):
+            yield from _names(field.type)
 
 
 def load_preset(name: str) -> TrainConfig:
@@ -51,18 +52,16 @@ def load_preset(name: str) -> TrainConfig:
         near = nearest(name, presets) or f"; there are {', '.join(presets) or 'none here, so give a path'}"
         raise ConfigError(f"configuration {name}: there is no such file{near}")
     if path.suffix == ".json":
-        return from_json(path.read_bytes(), str(path))
+        return validated(TrainConfig, read_json(path, limit=2**20), str(path))
     if path.suffix != ".py":
         raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
     try:
-        make = runpy.run_path(str(path)).get("config")
-        config = make() if callable(make) else None
+        config = runpy.run_path(str(path)).get("config", lambda: None)()
     except JaxgptError:
         raise
     except Exception as error:  # the user's own code; the usual mistake is a field that does not exist
-        names = [key.rpartition(".")[2] for key in flatten(TrainConfig())]  # newer Pythons propose one themselves
-        near = nearest(str(error).rpartition("keyword argument '")[2].rstrip("'"), names)
-        what = f"{type(error).__name__}: {error}{near}"
+        near = nearest(str(error).rpartition("keyword argument '")[2].rstrip("'"), _names(TrainConfig))
+        what = f"{type(error).__name__}: {error}{near}"  # newer Pythons propose a field themselves
         raise ConfigError(f"configuration {name}: {what}; mend it, --debug shows where") from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"configuration {name}: it must define a function config() that returns a TrainConfig")

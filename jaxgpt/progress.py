@@ -1,7 +1,6 @@
 """How far a long job is: a bar that moves on a terminal, plain lines elsewhere."""
 
 import contextlib
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -14,22 +13,17 @@ class _Console(Console):
             super().on_broken_pipe()  # what is printed from now on goes nowhere; leaving is left out
 
 
-class Bar:
+class Bar(contextlib.ExitStack):
     """A context manager that shows how many of `total` steps, requests ... are done, with figures beside it."""
 
     def __init__(self, what: str, total: int, done: int, *, stderr: bool = False) -> None:
+        super().__init__()
         self._console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
         self._what, self._total = what, total
         columns = TextColumn(what), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)
+        bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)
+        self._bar = self.enter_context(bar)
         self._task = self._bar.add_task("", total=total, completed=done, figures="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)

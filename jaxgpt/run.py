@@ -13,10 +13,11 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import ModelConfig, TrainConfig
-from jaxgpt.errors import BadFileError, ConfigError, nearest
+from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import read_json, write_atomically
 from jaxgpt.model import Transformer
-from jaxgpt.presets import differences, flatten, to_json, validated
+from jaxgpt.model_config import require
+from jaxgpt.presets import differences, to_json, validated
 from jaxgpt.sharding import check_divides
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -34,10 +35,6 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
     """Raise ConfigError, naming each field, when a run would be resumed with settings that change what it computes."""
-    known = flatten(new)
-    for key in new.allow_change:
-        if key not in known:
-            raise ConfigError(f"allow_change: there is no setting {key}{nearest(key, known)}")
     changed = differences(old, new)
     if new.model.vocab_size is None:  # not yet taken from the tokenizer
         changed.pop("model.vocab_size", None)
@@ -50,12 +47,9 @@ def refuse_other_config(old: TrainConfig, new: TrainConfig) -> None:
 
 def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The configuration with the vocabulary of the tokenizer, unless it names a larger one."""
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        small = f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}"
-        raise ConfigError(f"{small}; leave it out to take that")
-    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
-    return dataclasses.replace(config, model=model)
+    size, least = config.model.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size
+    require(size >= least, f"model.vocab_size {size} is smaller than the tokenizer's {least}; leave it out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def write_run(config: TrainConfig, tokenizer: Tokenizer, run_dir: Path) -> None:

@@ -22,13 +22,18 @@ from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.data.shards import open_tokenized
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.presets import from_json, to_json
+from jaxgpt.presets import to_json, validated
 from jaxgpt.run import read_config
 from jaxgpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 ENTRY = [sys.executable, "-c", "from jaxgpt.cli import main; main()"]
+
+
+def from_json(text: str) -> TrainConfig:
+    config: TrainConfig = validated(TrainConfig, json.loads(text), "configuration")
+    return config
 
 
 # Configurations
@@ -247,9 +252,10 @@ def test_tokenize_shows_pieces_ids_and_bytes(command: Callable[..., Any], finish
     assert [piece.encode() for piece, _, _ in shown] == [repr(tokenizer.pieces[t])[1:-1].encode() for _, t, _ in shown]
     assert not {token for _, token, _ in shown} & set(tokenizer.special_tokens.values()), "a special token was forged"
     size = len(text.encode())
-    assert outcome.out.endswith(f"\n{len(shown)} tokens, {size} bytes, {size / len(shown):.2f} bytes per token\n")
+    said = f"{len(shown)} tokens, {size} bytes, {size / len(shown):.2f} bytes per token\n"
+    assert outcome.out.endswith(f"\n{finished}: {said}")
     by_file = command("jaxgpt", "tokenize", text, "--tokenizer", str(finished / "tokenizer.model"))
-    assert by_file == outcome
+    assert by_file.out == outcome.out.replace(f"{finished}: ", f"{finished}/tokenizer.model: ")
 
 
 def test_tokenize_reads_standard_input_as_it_is(

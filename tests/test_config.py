@@ -20,9 +20,15 @@ from jaxgpt.config import (
     TrainingConfig,
 )
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.presets import differences, from_json, to_json
+from jaxgpt.files import parse_json
+from jaxgpt.presets import differences, to_json, validated
 
 DEFAULT = TrainConfig()
+
+
+def from_json(text: str, where: str = "configuration") -> TrainConfig:
+    config: TrainConfig = validated(TrainConfig, parse_json(text, where), where)
+    return config
 
 
 def another(kind: Any, value: Any) -> Any:
@@ -137,7 +143,7 @@ def test_an_illegal_value_in_json_is_refused_by_name(text: str, fragments: list[
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "[" * 100_000, '{"name": "\udcff"', '{"model": NaN}'])
 def test_what_is_not_a_json_object_is_a_bad_file(text: str) -> None:
-    with pytest.raises(BadFileError, match=r"^run.json is not .*; restore the file or start a new run$") as caught:
+    with pytest.raises(BadFileError, match=r"^run.json is not .*; restore the file$") as caught:
         from_json(text, "run.json")
     assert caught.value.exit_status == 65
 
@@ -209,7 +215,7 @@ ILLEGAL: list[tuple[type, dict[str, Any], str]] = [
     (CheckpointConfig, dict(keep_every=-1), "checkpoint.keep_every is -1"),
     (CheckpointConfig, dict(on_save_error="ignore"), "checkpoint.on_save_error is 'ignore'"),
     (MeshConfig, dict(data=0), "mesh (0, 1, 1)"),
-    (MeshConfig, dict(data=-1, tensor=-1), "mesh (-1, 1, -1): only one size can be -1"),
+    (MeshConfig, dict(data=-1, tensor=-1), "mesh (-1, 1, -1): sizes must be at least 1, and one of them can be -1"),
     (TrainConfig, dict(name=""), "name ''"),
     (TrainConfig, dict(name="a/b"), "name 'a/b'"),
     (

@@ -13,7 +13,7 @@ import pytest
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import parameter_count, parameter_name
-from jaxgpt.presets import from_json, load_preset, to_json
+from jaxgpt.presets import load_preset, to_json
 from jaxgpt.run import with_vocabulary
 from jaxgpt.sharding import check_divides, make_mesh, place_shapes
 from jaxgpt.training.step import TrainState, init_state
@@ -50,7 +50,7 @@ def test_a_preset_loads_and_survives_json(preset: str, tmp_path: Path) -> None:
     assert config.name == preset, "the name decides the run directory"
     saved = tmp_path / "config.json"
     saved.write_text(to_json(config), "utf-8")
-    assert load_preset(str(saved)) == config == from_json(to_json(config))
+    assert load_preset(str(saved)) == config
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -67,7 +67,7 @@ def test_the_state_is_born_cut(mesh_of: Callable) -> None:
         state: TrainState = jax.jit(init_state, static_argnums=0)(config)
         target = place_shapes(jax.eval_shape(lambda: init_state(config)))
     moments = state.optimizer[1]
-    for tree in (state.model, state.ema, moments.mu, moments.nu):
+    for tree in (state.model, state.raw_model, moments.mu, moments.nu):
         leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         assert leaves.keys() == LAYOUT.keys()
         for name, leaf in leaves.items():

@@ -10,9 +10,8 @@ import shutil
 import signal
 import statistics
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +25,12 @@ from jaxgpt.errors import BadFileError, ConfigError, Stopped, StorageError, Trai
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import parameter_count
+from jaxgpt.progress import Bar
 from jaxgpt.roofline import forward_flops_per_token, peak_flops
 from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_run
 from jaxgpt.sharding import check_divides, make_mesh, place_batch
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.training.metrics import Display, MetricsLog, Record, evaluate, gzip_bits_per_byte
+from jaxgpt.training.metrics import MetricsLog, evaluate, evaluation_figures, step_figures
 from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -63,11 +63,11 @@ class Trainer:
         weights, size = self.config.data.weights, training.batch_size
         self.loader = Loader(self.corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
         parts = training.accumulation_steps  # a whole batch may not fit
-        own: Any = dict(batch_size=size // parts, sequence_length=length, batches=training.eval_batches * parts)
-        self.windows = EvalWindows(self.corpora, **own)
-        self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256}
-        self.provenance["data"] = [corpus.fingerprint for corpus in self.corpora]
-        self.tokens = size * length  # in one step
+        rows, batches = size // parts, training.eval_batches * parts
+        self.windows = EvalWindows(self.corpora, batch_size=rows, sequence_length=length, batches=batches)
+        data = [corpus.fingerprint for corpus in self.corpora]
+        self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256, "data": data}
+        self.tokens, self.last = size * length, training.steps  # tokens in one step
         self.eval_step = make_eval_step(self.config)
         self.stopping = False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
@@ -75,19 +75,18 @@ class Trainer:
     def run(self) -> None:
         """Train from the newest checkpoint, or from the seed, to the last step."""
         state, start = self.first_state()
-        display = Display(self.config.training.steps, start)
-        with display as self.display, closing(MetricsLog(self.config, start)) as self.log, ExitStack() as stack:
-            # Not before: a run that refuses these must keep its own.
-            write_run(self.config, self.tokenizer, self.config.run_path)
+        with Bar("step", self.last, start) as self.bar, MetricsLog(self.config, start) as self.log, ExitStack() as undo:
+            write_run(self.config, self.tokenizer, self.config.run_path)  # not before: a refused run keeps its own
             for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, self.handle_signal))
+                undo.callback(signal.signal, number, signal.signal(number, self.handle_signal))
             self.announce(state, start)
             state = self.steps(state, start)
         self.checkpoints.wait()
-        if (saved := self.checkpoints.saved_step or 0) < self.config.training.steps:
+        if (saved := self.checkpoints.saved_step or 0) < self.last:
             why = f"the last step could not be saved, the newest is {saved}; make room and run the same command again"
             raise StorageError(f"{self.config.run_path}: {why}")
-        self.sample(state)
+        if self.config.training.sample_tokens:
+            self.sample(state)
 
     def handle_signal(self, *_: object) -> None:
         """The first Ctrl-C or SIGTERM asks for a stop, the second one leaves the process at once."""
@@ -108,10 +107,10 @@ class Trainer:
         if converted := self.checkpoints.steps() == [0]:
             step, model, provenance = restore_model(self.config.run_path, abstract.model)
             state = jax.jit(init_state, static_argnums=0)(self.config)
-            state = replace(state, model=model, ema=state.ema and jax.tree.map(jnp.copy, model))
-        elif restored := self.checkpoints.restore(*abstract.parts()):
+            state = replace(state, model=model, raw_model=state.raw_model and jax.tree.map(jnp.copy, model))
+        elif restored := self.checkpoints.restore(abstract.model, abstract.rest):
             step, model, rest, provenance = restored
-            state = TrainState.join(model, rest)
+            state = TrainState(model=model, **rest)
         else:
             return jax.jit(init_state, static_argnums=0)(self.config), 0
         for name in ("tokenizer_sha256",) if converted else ("tokenizer_sha256", "data"):
@@ -121,33 +120,32 @@ class Trainer:
         return state, step
 
     def announce(self, state: TrainState, start: int) -> None:
-        mesh, steps, model = jax.sharding.get_mesh(), self.config.training.steps, self.config.model
-        what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}"
+        mesh = jax.sharding.get_mesh()
+        what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {self.config.model.dtype}"
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        self.display.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
-        epochs = f"{steps / self.loader.steps_per_epoch:.2f} epochs"
+        self.bar.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
+        epochs = f"{self.last / self.loader.steps_per_epoch:.2f} epochs"
         resumed = f", going on after step {start}" if start else ""
-        self.display.say(f"{steps} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
+        self.bar.say(f"{self.last} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
         if not len(self.windows):
-            self.display.say("nothing is held out: there will be no evaluation")
+            self.bar.say("nothing is held out: there will be no evaluation")
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
-        last = self.config.training.steps
         if start and self.evaluation_due(start) and not self.evaluate(start, state):
             raise self.stopped(start)
-        if start >= last:
-            self.display.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
+        if start >= self.last:
+            self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
         step_function = self.compiled(state, place_batch(self.loader[start]))
         batches = self.loader.iterate(start)
         unreported: tuple[int, Metrics] | None = None
         self.resumed = time.perf_counter()
-        for step in range(start + 1, last + 1):
+        for step in range(start + 1, self.last + 1):
             state, metrics = step_function(state, place_batch(next(batches)))
             if unreported:
                 self.report(*unreported)
-            self.checkpoints.poll()
+            self.checkpoints.wait(block=False)
             unreported = step, metrics
             if self.stopping or self.save_due(step) or self.evaluation_due(step):
                 self.report(*unreported)
@@ -161,20 +159,19 @@ class Trainer:
         stopping = self.stopping  # asked once, since a signal may come between two lines
         if stopping or self.save_due(step):
             self.save(step, state)
-        if stopping and not (complete and step == self.config.training.steps):
+        if stopping and not (complete and step == self.last):
             self.checkpoints.wait()
             raise self.stopped(step)
         self.resumed = time.perf_counter()
 
     def stopped(self, step: int) -> Stopped:
-        what = "which is saved" if self.checkpoints.saved_step == step else self._saved()
-        return Stopped(f"stopped after step {step}, {what}; run the same command to go on")
+        return Stopped(f"stopped after step {step}, {self._saved()}; run the same command to go on")
 
     def _saved(self) -> str:
         return f"the newest saved step is {self.checkpoints.saved_step}"
 
     def save_due(self, step: int) -> bool:
-        return step % self.config.checkpoint.every == 0 or step == self.config.training.steps
+        return step % self.config.checkpoint.every == 0 or step == self.last
 
     def compiled(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         """The training step for exactly these shapes: it can never compile again."""
@@ -183,7 +180,7 @@ class Trainer:
         memory = step_function.memory_analysis()
         need = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         seconds = time.perf_counter() - began
-        self.display.say(f"compiled the step in {seconds:.1f} s; it needs {need / 2**30:.2f} GiB on each device")
+        self.bar.say(f"compiled the step in {seconds:.1f} s; it needs {need / 2**30:.2f} GiB on each device")
         return step_function
 
     def report(self, step: int, metrics: Metrics) -> None:
@@ -200,42 +197,39 @@ class Trainer:
             remedy = f"{self._saved()}: look at these documents, or lower optimizer.peak_lr"
             raise TrainingError(f"training step {step}: {what}, {where}; {remedy}")
         speed = self.tokens / seconds_per_step
-        loss = float(values["loss"])
-        record: Record = {"step": step, "loss": loss, "tokens_per_second": speed, "tokens": step * self.tokens}
-        record |= {name: float(x) for name, x in values.items() if name not in ("loss", "tokens", "finite")}
+        record = {"step": step, "loss": float(values["loss"]), "tokens_per_second": speed}
+        record |= {name: float(value) for name, value in values.items() if name != "finite"}
+        record["tokens"] = step * self.tokens
         if peak := peak_flops(jax.sharding.get_mesh()):
             record["mfu"] = speed * 3 * forward_flops_per_token(self.config.model) / peak
-        due = step % self.config.training.log_every == 0 or step == self.config.training.steps
-        self.display.step(record, seconds_per_step, due=due)
+        due = step % self.config.training.log_every == 0 or step == self.last
+        self.bar.update(step, step_figures(record, (self.last - step) * seconds_per_step), due=due)
         if due:
             self.log.write(record)
             self.seconds.clear()
 
     def evaluation_due(self, step: int) -> bool:
-        every, last = self.config.training.eval_every, step == self.config.training.steps
-        due = last or bool(every and step % every == 0)
+        every = self.config.training.eval_every
+        due = step == self.last or (every > 0 and step % every == 0)
         return due and len(self.windows) > 0 and step not in self.log.evaluated
 
     def evaluate(self, step: int, state: TrainState) -> bool:
         """Measure the averaged parameters on held-out text; False when a stop comes first, and the next run does it."""
-        figures = evaluate(self.eval_step, state.averaged, self.windows, self.tokenizer, lambda: self.stopping)
+        figures = evaluate(self.eval_step, state.model, self.windows, self.tokenizer, lambda: self.stopping)
         if figures is None:
             return False
         if not math.isfinite(loss := figures["val_loss"]):
             raise TrainingError(f"step {step}: the held-out loss is {loss}; {self._saved()}: lower optimizer.peak_lr")
-        record = {"step": step, **figures}
-        self.display.evaluation(record, gzip_bits_per_byte(self.corpora))
-        self.log.write(record)
+        self.bar.say(f"step {step}/{self.last}  {evaluation_figures(figures, self.corpora)}")
+        self.log.write({"step": step, **figures})
         return True
 
     def save(self, step: int, state: TrainState) -> None:
         self.log.sync()
-        self.checkpoints.save(step, *state.parts(), self.provenance)
+        self.checkpoints.save(step, state.model, state.rest, self.provenance)
 
     def sample(self, state: TrainState) -> None:
         training = self.config.training
-        if not training.sample_tokens:
-            return
         params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
-        (completion,) = Engine(state.averaged, self.tokenizer, slots=1).generate([training.sample_prompt], params)
+        (completion,) = Engine(state.model, self.tokenizer, slots=1).generate([training.sample_prompt], params)
         print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)

@@ -19,6 +19,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, final = config.peak_lr, config.peak_lr * config.final_lr_ratio
     warmup = min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
+    after = optax.constant_schedule(peak)
     match config.schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio)
@@ -27,8 +28,6 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case "wsd":
             decay = min(max(int(steps * config.decay_fraction), 1), rest)
             after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
-        case _:
-            after = optax.constant_schedule(peak)
     # Step 0 already learns: its rate is peak / (warmup + 1), not 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     return optax.join_schedules([ramp, after], [warmup])
@@ -51,9 +50,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Clip by global norm, scale by the configured rule, add decoupled weight decay, scale by the learning rate.
     Sources: AdamW arXiv:1711.05101, Lion arXiv:2302.06675, Adafactor arXiv:1804.04235, Muon arXiv:2502.16982 (whose
     update has the size of AdamW's, so that one learning rate serves matrices and embeddings)."""
+    rule = adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     match config.name:
-        case "adamw":
-            rule = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
         case "lion":
             rule = optax.scale_by_lion(config.beta1, config.beta2)
         case "adafactor":
@@ -64,7 +62,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             axes = dict(muon_weight_dimension_numbers=_of_each(_muon_dimensions), consistent_rms=0.2)
             orthogonal = muon(-1.0, beta=config.beta1, eps=config.epsilon, **axes)
             # Optax's own choice for all else is Adam with Nesterov momentum, whose first steps are half as large again.
-            adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
             label = _of_each(lambda path, _: "muon" if parameter_name(path).endswith(".kernel") else "adam")
             rule = optax.partition({"muon": _sharded_by_compiler(orthogonal), "adam": adam}, label)
     return optax.chain(

@@ -25,32 +25,22 @@ class TrainState:
     """All that a step reads and writes; every leaf is an array with its sharding."""
 
     step: Array  # updates done, int32
-    model: Transformer
+    model: Transformer  # what is evaluated and generates: the moving average, where `optimizer.ema_decay` is set
     optimizer: Any
-    ema: Transformer | None  # moving average of the parameters, when `optimizer.ema_decay` is set
+    raw_model: Transformer | None  # what learns, where `model` is its average
 
     @property
-    def averaged(self) -> Transformer:
-        return self.model if self.ema is None else self.ema
-
-    def parts(self) -> tuple[Transformer, dict[str, Any]]:
-        """What a checkpoint holds: the model that generation reads, and all else."""
-        raw = None if self.ema is None else self.model
-        return self.averaged, {"step": self.step, "optimizer": self.optimizer, "raw_model": raw}
-
-    @classmethod
-    def join(cls, averaged: Transformer, rest: dict[str, Any]) -> "TrainState":
-        raw = rest["raw_model"]
-        model, ema = (averaged, None) if raw is None else (raw, averaged)
-        return cls(rest["step"], model, rest["optimizer"], ema)
+    def rest(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model."""
+        return {name: part for name, part in vars(self).items() if name != "model"}
 
 
 def init_state(config: TrainConfig) -> TrainState:
     """The state before step 0, a pure function of the seed. Jit it, so that parameters are born sharded."""
     model = Transformer(config.model, jax.random.key(config.training.seed))
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(model)
-    ema = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer, ema)
+    raw_model = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer, raw_model)
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
@@ -64,8 +54,7 @@ def batch_loss(
 ) -> tuple[Array, Array, Array | None]:
     """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
     where there are experts the two losses of their routers."""
-    layout = batch.tokens, batch.positions, batch.segment_ids
-    x_BTD, _, router = model(*layout, dropout_key=dropout_key)
+    x_BTD, _, router = model(batch.tokens, batch.positions, batch.segment_ids, dropout_key=dropout_key)
     return *linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options), router
 
 
@@ -118,14 +107,16 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         key = None
         if config.model.dropout:
             key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-        tokens, losses, grads = _gradients(state.model, batch, config, key)
+        model = state.raw_model or state.model
+        tokens, losses, grads = _gradients(model, batch, config, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
-        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.model)
-        new_model, ema = optax.apply_updates(state.model, updates), state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, new_model)
-        updated = TrainState(state.step, new_model, new_optimizer, ema)
+        updates, new_optimizer = optimizer.update(grads, state.optimizer, model)
+        new_model = optax.apply_updates(model, updates)
+        updated = TrainState(state.step, new_model, new_optimizer, None)
+        if state.raw_model:
+            average = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state.model, new_model)
+            updated = replace(updated, model=average, raw_model=new_model)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         now = rate(state.optimizer[-1].count)  # less than the step after skipped updates
         metrics = losses | {"grad_norm": norm, "learning_rate": now, "tokens": tokens, "finite": finite}

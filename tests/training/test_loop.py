@@ -109,7 +109,7 @@ def test_a_stop_saves_the_last_finished_step(
         after_report(patch, reported, lambda: interrupt(number))
         stopped = command("train.py", config)
     assert stopped.status == 75
-    assert stopped.error == f"stopped after step {step}, which is saved; run the same command to go on"
+    assert stopped.error == f"stopped after step {step}, the newest saved step is {step}; run the same command to go on"
     assert "jaxgpt: saving, then leaving" in stopped.err
     assert saved_steps(tmp_path / "run")[-1] == step
     assert records(tmp_path / "run") == [r for r in records(finished) if r["step"] <= step]
@@ -155,7 +155,7 @@ def test_what_the_message_says_is_saved(tiny: TrainConfig, monkeypatch: pytest.M
             interrupt()
 
     monkeypatch.setattr(Trainer, "pause", pause_then_interrupt)
-    with pytest.raises(Stopped, match=r"^stopped after step 6, which is saved"):
+    with pytest.raises(Stopped, match=r"^stopped after step 6, the newest saved step is 6;"):
         train(with_options(tiny, tmp_path))
     assert saved_steps(tmp_path)[-1] == 6
 

@@ -23,7 +23,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxgpt.config import TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.training.metrics import Display, MetricsLog
+from jaxgpt.progress import Bar
+from jaxgpt.training.metrics import MetricsLog, evaluation_figures, step_figures
 
 RECORD = {"step": 5, "loss": 6.1, "tokens_per_second": 1234.4, "mfu": 0.05}
 EVALUATION = {"step": 5, "val_loss": 6.2, "val_bits_per_byte": 3.7, "val_bits_per_byte_se": 0.16}
@@ -172,9 +173,14 @@ def test_tensorboard_forgets_what_was_cut(config: TrainConfig) -> None:
 
 def test_weights_and_biases_gets_the_same_numbers(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
-    run = SimpleNamespace(log=lambda numbers, step: said.append((step, numbers)), finish=lambda: said.append("end"))
-    wandb = SimpleNamespace(init=lambda **options: said.append(options) or run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    @contextlib.contextmanager
+    def init(**options: Any) -> Iterator[SimpleNamespace]:
+        said.append(options)
+        yield SimpleNamespace(log=lambda numbers, step: said.append((step, numbers)))
+        said.append("end")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     config = dataclasses.replace(config, name="mine", training=TrainingConfig(wandb=True))
     log = MetricsLog(config, 0)
     log.write(record(3))
@@ -199,17 +205,19 @@ def test_weights_and_biases_is_missed_before_anything_is_cut(
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(20, 0) as display:
+    unknown = {name: value for name, value in RECORD.items() if name != "mfu"}
+    corpus: Any = SimpleNamespace(val_bytes=10_000, val_gzip_bytes=2581)
+    with Bar("step", 20, 0) as display:
         display.say("[bold]hello[/bold] " + "x" * 200)
-        display.step(RECORD, 0.5, due=False)
-        display.step(RECORD, 0.5, due=True)
-        display.step({**RECORD, "step": 6, "mfu": None}, 1000.0, due=True)
-        display.evaluation(EVALUATION, 2.0649)
+        display.update(5, step_figures(RECORD, 7.5), due=False)
+        display.update(5, step_figures(RECORD, 7.5), due=True)
+        display.update(6, step_figures(unknown, 14_000), due=True)
+        display.say(evaluation_figures(EVALUATION, [corpus]))
     assert capsys.readouterr().out.splitlines() == [
         "[bold]hello[/bold] " + "x" * 200,
         "step 5/20  loss 6.1000  1,234 tokens/s  MFU 5.0 %  0:08 left",
         "step 6/20  loss 6.1000  1,234 tokens/s  MFU n/a  3:53:20 left",
-        "step 5/20  held-out loss 6.2000  3.700 ± 0.160 bits per byte  (gzip -9: 2.065)",
+        "held-out loss 6.2000  3.700 ± 0.160 bits per byte  (gzip -9: 2.065)",
     ]
 
 
@@ -232,16 +240,16 @@ def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         reading = reader.submit(read_all, main)
         with open(terminal, "w", encoding="utf-8") as screen:
             monkeypatch.setattr(sys, "stdout", screen)
-            with Display(20, 4) as display:
-                display.step(RECORD, 0.5, due=False)
-                display.evaluation(EVALUATION, 2.0649)
-                display.step({**RECORD, "step": 6, "loss": 5.9}, 0.5, due=True)
+            with Bar("step", 20, 4) as display:
+                display.update(5, step_figures(RECORD, 7.5), due=False)
+                display.say("held-out loss 6.2000")
+                display.update(6, step_figures({**RECORD, "loss": 5.9}, 7), due=True)
         raw = reading.result()
     assert "\x1b[?25l" in raw and raw.rstrip().endswith("\x1b[?25h"), "the cursor is hidden, and comes back"
     frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw).replace("\r", "\n").splitlines()
     bars = [line for line in frames if line.startswith("step ") and "━" in line]
     assert bars[-1].endswith(" 6/20 loss 5.9000  1,234 tokens/s  MFU 5.0 %  0:07 left")
-    assert any(line.startswith("step 5/20  held-out loss 6.2000") for line in frames)
+    assert any(line.startswith("held-out loss 6.2000") for line in frames)
     assert not any(line.startswith("step 6/20") for line in frames), "the bar says it"
 
 
@@ -250,8 +258,8 @@ def test_a_reader_that_has_gone_does_not_end_the_training(monkeypatch: pytest.Mo
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        with Display(20, 0) as display:
-            for _ in range(3):
+        with Bar("step", 20, 0) as display:
+            for step in range(3):
                 display.say("is anybody there?")
-                display.step(RECORD, 0.5, due=True)
+                display.update(step, "loss 6.1", due=True)
         print("the sample", flush=True)

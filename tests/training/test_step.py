@@ -313,12 +313,12 @@ def test_z_loss_pulls_but_is_not_reported(runner: Callable[..., Runner], guarded
 def test_the_average_follows_its_formula(guarded: Runner) -> None:
     state = guarded.first()
     expected = jax.device_get(state.model)
-    assert same_bits(state.ema, expected)
+    assert same_bits(state.raw_model, expected)
     for seed in range(3):
         state, _ = guarded.run([clean(seed)], state)
-        expected = jax.tree.map(lambda average, p: 0.9 * average + 0.1 * np.asarray(p), expected, state.model)
-        assert_near(state.ema, expected, relative=1e-6, absolute=0)
-        assert state.averaged is state.ema and not same_bits(state.ema, state.model)
+        expected = jax.tree.map(lambda average, p: 0.9 * average + 0.1 * np.asarray(p), expected, state.raw_model)
+        assert_near(state.model, expected, relative=1e-6, absolute=0)
+        assert not same_bits(state.model, state.raw_model)
 
 
 @pytest.mark.parametrize("poison", [57, 58, 59])
