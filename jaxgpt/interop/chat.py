@@ -42,20 +42,6 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more
     return [token for part in encoded for token in part]
 
 
-def fit(engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, str]], max_new_tokens: int) -> list[int]:
-    """The ids of a conversation; its oldest messages (but the system's) are removed, and reported, if it is too long.
-    Room is kept for an answer of `max_new_tokens`, or of a quarter of the context if that is less."""
-    first, before, context = int(messages[0]["role"] == "system"), len(messages), engine.room([])
-    wanted = min(max_new_tokens, context // 4)
-    while engine.room(ids := encode_chat(tokenizer, messages)) < wanted and len(messages) > first + 2:
-        del messages[first : first + 2]
-    if forgotten := before - len(messages):
-        note(f"the context of {context} tokens is full: the {forgotten} oldest messages are forgotten")
-    if 0 < (room := engine.room(ids)) < max_new_tokens:
-        note(f"{room} tokens of the context are left, so the answer ends there at the latest")
-    return ids
-
-
 def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: str = "") -> None:
     """Answer each line of standard input, on standard output, until it ends; in a terminal, hold a conversation. Raises
     what `encode_chat` and `Engine.stream` raise; in a terminal a message that is refused is only reported."""
@@ -67,7 +53,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (`input` edits lines with it)
-        note("Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves")
+        note("Ctrl-C stops an answer; /reset begins anew, also when the context is full; /exit or Ctrl-D leaves")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # which the tokenizer refuses by name
     while (line := _next_line(terminal)) != "/exit":
@@ -77,7 +63,10 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
             messages.append({"role": "user", "content": line})
             answer: list[str] = []
             try:
-                for _, text in engine.stream(fit(engine, tokenizer, messages, params.max_new_tokens), params):
+                ids = encode_chat(tokenizer, messages)
+                if 0 < (room := engine.room(ids)) < params.max_new_tokens:
+                    note(f"{room} tokens of the context are left, so the answer ends there at the latest")
+                for _, text in engine.stream(ids, params):
                     print(text, end="", flush=True)
                     answer.append(text)
             except stop:

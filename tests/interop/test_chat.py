@@ -23,7 +23,7 @@ from jaxgpt.config import ModelConfig, TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.interop.chat import chat, encode_chat, fit
+from jaxgpt.interop.chat import chat, encode_chat
 from jaxgpt.interop.chat_template import render
 from jaxgpt.model import Transformer
 from jaxgpt.run import TrainedModel
@@ -234,7 +234,8 @@ def test_a_conversation_in_a_terminal(typed: Callable[..., str], capsys: pytest.
         rendered([system, *messages]),
         rendered([system, {"role": "user", "content": "5 + 5?"}]),
     ]
-    assert capsys.readouterr().err == "jaxgpt: Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves\n"
+    hint = "Ctrl-C stops an answer; /reset begins anew, also when the context is full; /exit or Ctrl-D leaves"
+    assert capsys.readouterr().err == f"jaxgpt: {hint}\n"
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(typed: Callable[..., str]) -> None:
@@ -257,28 +258,17 @@ def test_in_a_terminal_a_refused_message_is_reported_and_left_out(
     assert engine.asked == [rendered([{"role": "user", "content": "Hello?"}])]
 
 
-@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "S"}]], ids=["without", "system"])
-def test_the_oldest_messages_make_room(system: list[dict[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_conversation_is_refused_until_it_begins_anew(
+    typed: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = byte_level()
-    turns = [{"role": role, "content": f"{i}" * 20} for i, role in enumerate(["user", "assistant"] * 3 + ["user"])]
-    messages = [*system, *turns]
-    all_ids = encode_chat(tokenizer, messages)
-    assert fit(FakeEngine(tokenizer, len(all_ids) + 30, []), tokenizer, messages, 30) == all_ids
-    assert messages == [*system, *turns] and capsys.readouterr().err == ""
-    context = len(all_ids)
-    ids = fit(FakeEngine(tokenizer, context, []), tokenizer, messages, 30)
-    assert messages == [*system, *turns[2:]] and ids == encode_chat(tokenizer, messages)
-    assert capsys.readouterr().err == (
-        f"jaxgpt: the context of {context} tokens is full: the 2 oldest messages are forgotten\n"
-    )
-    fit(FakeEngine(tokenizer, len(ids) * 4 // 3 + 1, []), tokenizer, messages, 1000)
-    assert messages == [*system, *turns[2:]], "a quarter of the context is room enough"
-    assert "forgotten" not in capsys.readouterr().err
-    fit(FakeEngine(tokenizer, 80, []), tokenizer, messages, 60)
-    assert messages == [*system, turns[-1]]
+    engine = FakeEngine(tokenizer, 120, [["yes " * 10], ["short"], ["new"]])
+    shown = typed(engine, tokenizer, ["Hello?", "And now, at some length?", "And then?", "/reset", "Hello?"])
+    assert shown == f"> {'yes ' * 10}\n> short\n> > > new\n> \n"
     said = capsys.readouterr().err
-    assert "the 4 oldest messages are forgotten\n" in said
     assert re.search(r"^jaxgpt: \d+ tokens of the context are left, so the answer ends there", said, re.MULTILINE)
+    assert re.search(r"^jaxgpt: prompt of \d+ tokens: the context of 120 has no room; shorten", said, re.MULTILINE)
+    assert engine.asked[0] == engine.asked[2] == rendered([{"role": "user", "content": "Hello?"}])
 
 
 # The command
