@@ -41,11 +41,6 @@ class Source(NamedTuple):
     name: str
 
 
-class Document(NamedTuple):
-    name: str
-    text: str
-
-
 @dataclass
 class Problems:
     """What was wrong with a corpus: counted here, reported once, fatal above `most_bad` documents."""
@@ -130,8 +125,8 @@ def _shakespeare(directory: Path) -> Path:
     return directory
 
 
-def read_documents(sources: Iterable[Source], config: DataConfig, problems: Problems) -> Iterator[Document]:
-    """Every document of every source, in order. Raises BadFileError, naming file and line, for more
+def read_documents(sources: Iterable[Source], config: DataConfig, problems: Problems) -> Iterator[str]:
+    """The text of every document of every source, in order. Raises BadFileError, naming file and line, for more
     than `problems.most_bad` documents that cannot be used."""
     for source in sources:
         if source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
@@ -140,7 +135,7 @@ def read_documents(sources: Iterable[Source], config: DataConfig, problems: Prob
             yield from _documents(source.name, _text_chunks(source, problems), problems)
 
 
-def _of_rows(source: Source, key: str, problems: Problems) -> Iterator[Document]:
+def _of_rows(source: Source, key: str, problems: Problems) -> Iterator[str]:
     rows: Iterator[Any] = (
         _parquet_rows(source.path, key) if source.path.suffix == ".parquet" else _json_lines(source.path)
     )
@@ -201,7 +196,7 @@ def _text_chunks(source: Source, problems: Problems) -> Iterator[str]:
         problems.count("replaced bytes that are not UTF-8 by U+FFFD in {} documents", source.name)
 
 
-def _documents(name: str, chunks: Iterable[str], problems: Problems) -> Iterator[Document]:
+def _documents(name: str, chunks: Iterable[str], problems: Problems) -> Iterator[str]:
     """A text as a document, or several of at most MOST_CHARACTERS."""
     rest, count = "", 0
     for chunk in chunks:
@@ -212,9 +207,9 @@ def _documents(name: str, chunks: Iterable[str], problems: Problems) -> Iterator
             # A token may begin with spaces but never goes on past the first one after other characters.
             cut = len(rest[: max(rest.rfind(" ", 0, MOST_CHARACTERS), 0)].rstrip(" "))
             cut = cut if cut > MOST_CHARACTERS // 2 else MOST_CHARACTERS
-            yield Document(name, rest[:cut])
+            yield rest[:cut]
             rest, count = rest[cut:], count + 1
     if rest:
-        yield Document(name, rest)
+        yield rest
     else:
         problems.count("skipped {} empty documents", name)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.config import DataConfig, TokenizerConfig
-from jaxgpt.data.corpus import Document, Problems, find_sources, read_documents
+from jaxgpt.data.corpus import Problems, find_sources, read_documents
 from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_meta, write_shard
 from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import locked, write_atomically
@@ -60,7 +60,7 @@ def _choose_tokenizer(config: TokenizerConfig, corpora: list["Path | TextCorpus"
     if not path.exists():
         note(f"tokenizer: training {config.kind} with {config.vocab_size} pieces")
         total = sum(corpus.survey.text_bytes for corpus in texts)
-        documents = (document.text for corpus in texts for document in corpus.documents(held_out=False))
+        documents = itertools.chain.from_iterable(corpus.documents(held_out=False) for corpus in texts)
         trained = train_tokenizer(_sample(documents, total, config.training_bytes), config)
         for corpus in texts:
             corpus.refuse_changes()  # or the cache would keep a tokenizer of other text under this key
@@ -106,12 +106,12 @@ class TextCorpus:
         if self._digests != self._digest_files():
             raise BadFileError(f"data {self.name}: a file changed while it was read; run the same command again")
 
-    def _read(self, problems: Problems) -> Iterator[tuple[bool, Document]]:
+    def _read(self, problems: Problems) -> Iterator[tuple[bool, str]]:
         """Each document, and whether it is to be held out. A hash of its text decides, so that this stays when the
         corpus grows, and copies are on the same side."""
-        for document in read_documents(self._sources, self.data, problems):
-            digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-            yield int.from_bytes(digest) < self.data.val_fraction * 2**64, document
+        for text in read_documents(self._sources, self.data, problems):
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            yield int.from_bytes(digest) < self.data.val_fraction * 2**64, text
 
     @cached_property
     def survey(self) -> Survey:
@@ -119,9 +119,9 @@ class TextCorpus:
         corpus is held out instead."""
         problems, text_bytes = Problems(self.data.max_bad_documents), 0
         lengths = [0, 0]  # characters on each side
-        for held_out, document in self._read(problems):
-            text_bytes += len(document.text.encode())
-            lengths[held_out] += len(document.text)
+        for held_out, text in self._read(problems):
+            text_bytes += len(text.encode())
+            lengths[held_out] += len(text)
         for line in problems.lines():
             note(f"data {self.name}: {line}")
         if not text_bytes:
@@ -130,9 +130,9 @@ class TextCorpus:
         tail = max(1, min(total // 2, round(self.data.val_fraction * total)))
         return Survey(text_bytes, problems, total - tail if self.data.val_fraction and 0 in lengths else None)
 
-    def documents(self, *, held_out: bool) -> Iterator[Document]:
+    def documents(self, *, held_out: bool) -> Iterator[str]:
         begin = 0
-        for by_hash, (name, text) in self._read(Problems(self.data.max_bad_documents)):
+        for by_hash, text in self._read(Problems(self.data.max_bad_documents)):
             sides = ("", text) if by_hash else (text, "")
             if self.survey.cut is not None:
                 place = min(max(self.survey.cut - begin, 0), len(text))
@@ -141,7 +141,7 @@ class TextCorpus:
                 sides = text[:place], text[place:]
             begin += len(text)
             if sides[held_out]:
-                yield Document(name, sides[held_out])
+                yield sides[held_out]
 
 
 def _file_digest(path: Path) -> str:
@@ -193,28 +193,28 @@ def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Token
     entry: dict[str, Any] = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
     if split == "val":
         compressor = zlib.compressobj(9, wbits=31)  # wbits 31 writes gzip's format
-        parts = (compressor.compress(document.text.encode()) for document in text.documents(held_out=True))
+        parts = (compressor.compress(document.encode()) for document in text.documents(held_out=True))
         entry["gzip_bytes"] = sum(map(len, parts)) + len(compressor.flush())
     return {**entry, "shards": shards}
 
 
-def _encode(documents: Iterator[Document], tokenizer: Tokenizer, what: str) -> Iterator[tuple[Document, np.ndarray]]:
-    """[bos] text [eos] of each document, a batch of texts at a time on all cores."""
+def _encode(documents: Iterator[str], tokenizer: Tokenizer, what: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Each document, and its [bos] text [eos], a batch of texts at a time on all cores."""
     dtype = token_dtype(tokenizer)
     characters, reported = 0, time.monotonic()
     while batch := _take(documents):
-        for document, ids in zip(batch, tokenizer.encode_batch([each.text for each in batch]), strict=True):
+        for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             yield document, np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
-        characters += sum(len(each.text) for each in batch)
+        characters += sum(map(len, batch))
         if time.monotonic() > reported + REPORT_SECONDS:
             reported = time.monotonic()
             note(f"{what}: {characters / 1e6:,.1f} million characters tokenized")
 
 
-def _take(documents: Iterator[Document]) -> list[Document]:
-    batch: list[Document] = []
+def _take(documents: Iterator[str]) -> list[str]:
+    batch: list[str] = []
     characters = 0
     while characters < BATCH_CHARACTERS and (document := next(documents, None)):
         batch.append(document)
-        characters += len(document.text)
+        characters += len(document)
     return batch

@@ -1,9 +1,8 @@
 """Token shards on disk: how they are written so that a kill loses at most one, and how they are opened.
 
 A prepared directory holds, for each split, `train_00000.bin` (little-endian uint16 or uint32 tokens, no header),
-`train_00000.offsets.npy` (int64 places where documents begin) and `train_00000.json` (counts, SHA-256, names; written
-last, it marks the shard as finished), then `tokenizer.model` and, last of all, `meta.json`. A document is
-[bos] text [eos]."""
+`train_00000.offsets.npy` (int64 places where documents begin) and `train_00000.json` (counts and SHA-256; written last,
+it marks the shard as finished), then `tokenizer.model` and last `meta.json`. A document is [bos] text [eos]."""
 
 import hashlib
 import io
@@ -16,26 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.corpus import Document
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json, write_atomically
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 2
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
-LONGEST_JSON = 2**30  # bytes; a side-car holds the name of each document
+LONGEST_JSON = 2**30  # bytes; side-cars once held the name of each document
 
 
 class TokenStream:
     """All shards of one split as one sequence of tokens, memory-mapped."""
 
-    def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray, names: Sequence[tuple[Path, int]]) -> None:
-        """starts: where documents begin, int64 [documents]; names: files of their names, and how many are in each."""
+    def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray) -> None:
+        """starts: where documents begin, int64 [documents]."""
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()
         self._begins = [0, *self._ends[:-1]]
         self.starts = starts
-        self._names = names
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -46,17 +43,6 @@ class TokenStream:
         near = zip(self._shards[first:last], self._begins[first:last], strict=False)
         parts = [shard[max(begin - at, 0) : begin + length - at] for shard, at in near]
         return np.concatenate([np.empty(0, np.int32), *parts])
-
-    def names(self, begin: int, end: int) -> list[str]:
-        """The names of the documents with a token in [begin, end)."""
-        first = max(int(np.searchsorted(self.starts, begin, "right")) - 1, 0)
-        last = int(np.searchsorted(self.starts, end, "left"))
-        found, base = [], 0
-        for path, count in self._names:
-            if base < last and first < base + count:
-                found += json.loads(path.read_text())["names"][max(first - base, 0) : last - base]
-            base += count
-        return found
 
 
 @dataclass(frozen=True)
@@ -77,31 +63,30 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def write_shard(stem: Path, encoded: Iterator[tuple[Document, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
+def write_shard(stem: Path, encoded: Iterator[tuple[str, np.ndarray]], shard_tokens: int) -> dict[str, Any] | None:
     """Write tokens of documents until `shard_tokens` is reached; returns counts and hashes, None without documents.
     Nothing counts before the side-car is there: after a kill the shard is written again from its first document."""
-    content, starts, names, tokens, text_bytes = io.BytesIO(), [], [], 0, 0
-    for document, ids in encoded:
+    content, starts, tokens, text_bytes = io.BytesIO(), [], 0, 0
+    for text, ids in encoded:
         starts.append(tokens)
-        names.append(document.name)
         content.write(ids.tobytes())
-        tokens, text_bytes = tokens + len(ids), text_bytes + len(document.text.encode())
+        tokens, text_bytes = tokens + len(ids), text_bytes + len(text.encode())
         if tokens >= shard_tokens:
             break
-    if not names:
+    if not starts:
         return None
     offsets = io.BytesIO()
     np.save(offsets, np.array(starts, np.int64), allow_pickle=False)
-    shard: dict[str, Any] = {"tokens": tokens, "documents": len(names), "bytes": text_bytes}
+    shard: dict[str, Any] = {"tokens": tokens, "documents": len(starts), "bytes": text_bytes}
     for ending, key, written in (("bin", "sha256", content), ("offsets.npy", "offsets_sha256", offsets)):
         write_atomically(Path(f"{stem}.{ending}"), written.getvalue())
         shard[key] = hashlib.sha256(written.getvalue()).hexdigest()
-    write_atomically(Path(f"{stem}.json"), json.dumps({**shard, "names": names}).encode())
+    write_atomically(Path(f"{stem}.json"), json.dumps(shard).encode())
     return shard
 
 
 def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
-    """The side-cars of the shards that an earlier run finished, in order, without their names."""
+    """The side-cars of the shards that an earlier run finished, in order; older ones hold names too."""
     shards: list[dict[str, Any]] = []
     while (path := directory / f"{split}_{len(shards):05}.json").exists():
         shards.append({name: value for name, value in read_json(path, LONGEST_JSON).items() if name != "names"})
@@ -138,7 +123,7 @@ def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
 
 
 def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype: np.dtype) -> TokenStream:
-    opened, starts, names, base = [], [np.empty(0, np.int64)], [], 0
+    opened, starts, base = [], [np.empty(0, np.int64)], 0
     for number, shard in enumerate(shards):
         stem = directory / f"{split}_{number:05}"
         path, offsets_path = stem.with_suffix(".bin"), stem.with_suffix(".offsets.npy")
@@ -151,9 +136,8 @@ def _open_split(directory: Path, split: str, shards: list[dict[str, Any]], dtype
         _verify(offsets_path, offsets, shard["offsets_sha256"])
         opened.append(tokens)
         starts.append(np.load(io.BytesIO(offsets), allow_pickle=False) + base)
-        names.append((stem.with_suffix(".json"), shard["documents"]))
         base += len(tokens)
-    return TokenStream(opened, np.concatenate(starts), names)
+    return TokenStream(opened, np.concatenate(starts))
 
 
 def _verify(path: Path, content: bytes | memoryview, sha256: str) -> None:

@@ -190,12 +190,9 @@ class Trainer:
         self.seconds.append(now - self.resumed)
         self.resumed, seconds_per_step = now, statistics.fmean(self.seconds)
         if not values["finite"]:
-            names = self.loader.documents(step - 1)
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             what = f"loss {values['loss']} or gradient norm {values['grad_norm']} is not finite"
-            where = f"for documents {', '.join(names[:5]) or 'without names'}{more}"
-            remedy = f"{self._saved()}: look at these documents, or lower optimizer.peak_lr"
-            raise TrainingError(f"training step {step}: {what}, {where}; {remedy}")
+            remedy = f"{self._saved()}: look at the data of that step's batch, or lower optimizer.peak_lr"
+            raise TrainingError(f"training step {step}: {what}; {remedy}")
         speed = self.tokens / seconds_per_step
         record = {"step": step, "loss": float(values["loss"]), "tokens_per_second": speed}
         record |= {name: float(value) for name, value in values.items() if name != "finite"}

@@ -18,11 +18,11 @@ def stream(tokens: int, seed: int = 0, shards: int = 3, longest: int = 40) -> To
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.integers(0, tokens, shards - 1))
     starts = np.cumsum(np.concatenate([[0], rng.integers(1, longest, tokens)]))
-    return TokenStream(np.split(np.arange(tokens, dtype="<u4"), cuts), starts[starts < tokens], [])
+    return TokenStream(np.split(np.arange(tokens, dtype="<u4"), cuts), starts[starts < tokens])
 
 
 def corpus(tokens: int = 1000, seed: int = 0, val: int = 0, vocab_size: int = 2**31 - 1) -> Corpus:
-    train, held_out = stream(tokens, seed), stream(val, seed + 1) if val else TokenStream([], np.empty(0, np.int64), [])
+    train, held_out = stream(tokens, seed), stream(val, seed + 1) if val else TokenStream([], np.empty(0, np.int64))
     return Corpus(f"corpus {seed}", Path(), vocab_size, train, held_out, 0, 0, "")
 
 
@@ -100,7 +100,9 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 def drawn(data: Loader, step: int) -> np.ndarray:
     """(number of the corpus, first token) of each row, [2, B]."""
-    return np.array([(int(corpus.name.split()[1]), begin) for corpus, begin in data._draw(step)]).T
+    size = data._batch_size
+    rows = [data._order[draw] for draw in range(step * size, (step + 1) * size)]
+    return np.array([(int(corpus.name.split()[1]), begin) for corpus, begin in rows]).T
 
 
 def test_the_mixture_has_its_weights_at_any_moment() -> None:
@@ -136,23 +138,11 @@ def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
     assert len(EvalWindows([corpus(100)], batch_size=4, sequence_length=T)) == 0
 
 
-def test_documents_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"names": ["a", "b", "c"]}')
-    (tmp_path / "b.json").write_text('{"names": ["d"]}')
-    shards = [np.zeros(40, "<u2"), np.zeros(40, "<u2")]
-    named = TokenStream(shards, np.array([0, 10, 20, 50]), [(tmp_path / "a.json", 3), (tmp_path / "b.json", 1)])
-    assert [named.names(*window) for window in ((0, 10), (9, 11), (25, 48), (45, 51), (60, 70), (0, 80))] == [
-        ["a"], ["a", "b"], ["c"], ["c", "d"], ["d"], ["a", "b", "c", "d"]
-    ]  # fmt: skip
-    data = loader([Corpus("", Path(), 9, named, named, 0, 0, "")], batch_size=4)
-    assert sorted(data.documents(0)) == ["a", "b", "c", "d"]
-
-
 def test_errors() -> None:
     assert len(loader([corpus(T + 1)])[0].tokens) == 8
     with pytest.raises(ConfigError, match=r"corpus 0: 16 training tokens are fewer than one sequence of 16"):
         loader([corpus(T)])
-    empty = Corpus("corpus 7", Path(), 9, TokenStream([], np.empty(0, np.int64), []), stream(9), 0, 0, "")
+    empty = Corpus("corpus 7", Path(), 9, TokenStream([], np.empty(0, np.int64)), stream(9), 0, 0, "")
     with pytest.raises(ConfigError, match="corpus 7: 0 training tokens"):
         loader([corpus(), empty])
     with pytest.raises(BadFileError, match=r"corpus 0, training step 0: token \d+ is outside the vocabulary of 500"):

@@ -39,13 +39,12 @@ def tokens_of(stream: TokenStream) -> list[int]:
     return stream.window(0, len(stream)).tolist()
 
 
-def documents_of(tokenizer: Tokenizer, stream: TokenStream) -> dict[str, str]:
-    """Undo everything: from tokens back to (name, text), checking bos and eos on the way."""
-    tokens, found = tokens_of(stream), {}
+def documents_of(tokenizer: Tokenizer, stream: TokenStream) -> list[str]:
+    """Undo everything: from tokens back to texts, checking bos and eos on the way."""
+    tokens, found = tokens_of(stream), []
     for begin, end in zip(stream.starts, [*stream.starts[1:], len(stream)], strict=True):
         assert tokens[begin] == tokenizer.bos_id and tokens[end - 1] == tokenizer.eos_id
-        (name,) = stream.names(begin, end)
-        found[name] = tokenizer.decode(tokens[begin:end])
+        found.append(tokenizer.decode(tokens[begin:end]))
     return found
 
 
@@ -77,19 +76,16 @@ def test_every_document_is_there_once_on_its_side(tmp_path: Path, pages: Path) -
     tokenizer, (corpus,), _ = prepare(tmp_path, pages, val_fraction=0.1, shard_tokens=5000)
     train, val = documents_of(tokenizer, corpus.train), documents_of(tokenizer, corpus.val)
     lines = (pages / "pages.jsonl").read_text().splitlines()
-    assert train | val == {f"pages.jsonl:{i + 1}": json.loads(line)["text"] for i, line in enumerate(lines)}
+    texts = [json.loads(line)["text"] for line in lines]
+    assert set(train).isdisjoint(val)  # copies are not on both sides
+    assert train == [text for text in texts if text in train] and val == [text for text in texts if text in val]
     assert len(train) + len(val) == len(lines) and 8 <= len(val) <= 35
-    assert ("pages.jsonl:8" in val) == ("pages.jsonl:201" in val)  # copies are not on both sides
     assert len(list(corpus.directory.glob("train_*.bin"))) > 5
-    text = "".join(val.values()).encode()
+    text = "".join(val).encode()
     assert corpus.val_bytes == len(text)
     assert corpus.val_gzip_bytes == len(gzip.compress(text, 9, mtime=0))
     meta = json.loads((corpus.directory / "meta.json").read_text())
-    assert (
-        meta["splits"]["train"]["tokens"]
-        == len(corpus.train)
-        == sum(len(tokenizer.encode(t)) + 2 for t in train.values())
-    )
+    assert meta["splits"]["train"]["tokens"] == len(corpus.train) == sum(len(tokenizer.encode(t)) + 2 for t in train)
     on_disk = np.concatenate([np.fromfile(path, "<u2") for path in sorted(corpus.directory.glob("train_*.bin"))])
     assert on_disk.tolist() == tokens_of(corpus.train)
 
@@ -101,7 +97,7 @@ def test_a_held_out_document_stays_so_when_the_corpus_grows(tmp_path: Path, page
     tokenizer, (less,), _ = prepare(tmp_path, tmp_path / "less", val_fraction=0.1)
     more_tokenizer, (more,), _ = prepare(tmp_path, pages, val_fraction=0.1)
     held_out = documents_of(tokenizer, less.val)
-    assert held_out and held_out.items() <= documents_of(more_tokenizer, more.val).items()
+    assert held_out and set(held_out) <= set(documents_of(more_tokenizer, more.val))
 
 
 @pytest.mark.parametrize("books", [1, 3])
@@ -191,6 +187,17 @@ def test_two_processes_at_once(tmp_path: Path, pages: Path) -> None:
     open_tokenized(directory, load_tokenizer(directory / "tokenizer.model"))
 
 
+def test_older_side_cars_have_names(tmp_path: Path, pages: Path) -> None:
+    """Whether its preparation was finished or not, the directory of an older version is the same corpus."""
+    _, (corpus,), _ = prepare(tmp_path, pages, shard_tokens=20_000)
+    for path in corpus.directory.glob("*_*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"names": ["pages.jsonl:1"]}))
+    assert prepare(tmp_path, pages, shard_tokens=20_000)[1][0].fingerprint == corpus.fingerprint
+    (corpus.directory / "meta.json").unlink()
+    _, (again,), said = prepare(tmp_path, pages, shard_tokens=20_000)
+    assert any("going on after" in line for line in said) and again.fingerprint == corpus.fingerprint
+
+
 def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
     tokenizer, (corpus,), _ = prepare(tmp_path, pages, shard_tokens=20_000)
     directory = corpus.directory
@@ -228,7 +235,8 @@ def test_prepared_directories_are_opened(tmp_path: Path, pages: Path, text_dir: 
     same_tokenizer, corpora, _ = prepare(tmp_path, corpus.directory, text_dir, weights=(0.5, 0.5))
     assert same_tokenizer.sha256 == tokenizer.sha256
     assert corpora[0].fingerprint == corpus.fingerprint and corpora[0].val_bytes == corpus.val_bytes
-    assert "argparse.py" in documents_of(tokenizer, corpora[1].train) | documents_of(tokenizer, corpora[1].val)
+    texts = documents_of(tokenizer, corpora[1].train) + documents_of(tokenizer, corpora[1].val)
+    assert (text_dir / "argparse.py").read_text() in texts
     by_size = prepare(tmp_path, corpus.directory, text_dir)[1]
     assert [c.name for c in by_size] == [str(text_dir), corpora[0].name]  # all text first, as one corpus
 

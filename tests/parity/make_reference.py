@@ -65,7 +65,7 @@ def make_batches(case: Case) -> dict[str, Batch]:
     tokens = rng.integers(0, case.model.vocab_size, (ROWS, length + 1), dtype=np.int32)
     lengths = rng.integers(1, 13, ROWS * length)
     starts = np.cumsum(lengths) - lengths
-    stream = TokenStream([tokens.ravel().astype("<u4")], starts[starts < tokens.size], [])
+    stream = TokenStream([tokens.ravel().astype("<u4")], starts[starts < tokens.size])
     packed = make_batch([(stream, row * length) for row in range(ROWS)], length)
     assert packed.segment_ids.max() > 2 and (packed.labels < 0).any()
     return {"whole": whole_batch(tokens[:, :-1], tokens[:, 1:]), "packed": packed}

@@ -23,8 +23,7 @@ import pytest
 from jaxgpt import cli
 from jaxgpt.checkpoint import restore_model
 from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.data.loader import EvalWindows, Loader
-from jaxgpt.data.prepare import prepare_corpora
+from jaxgpt.data.loader import EvalWindows
 from jaxgpt.errors import Stopped, StorageError, TrainingError, run_command
 from jaxgpt.model import Transformer
 from jaxgpt.run import read_config
@@ -321,9 +320,7 @@ def test_another_mesh_goes_on_with_the_run(tiny: TrainConfig, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
-def test_a_loss_that_is_not_finite_ends_the_run(
-    tiny: TrainConfig, text_dir: Path, command: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(tiny: TrainConfig, command: Callable[..., Any], tmp_path: Path) -> None:
     good = with_options(tiny, tmp_path / "run", training={"steps": 4})
     assert command("train.py", good).status == 0
     before = saved_leaves(tmp_path / "run", 4)
@@ -335,12 +332,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     )  # fmt: skip
     ended = command("train.py", bad, "--allow-change", *changes, "--training.eval-every", "0")
     assert ended.status == 70
-    assert ended.error.startswith("training step 6: loss ") and "is not finite, for documents " in ended.error
-    named = ended.error.partition("for documents ")[2].partition(";")[0].split(", ")
-    _, corpora = prepare_corpora(tiny.data, tiny.tokenizer)
-    loader = Loader(corpora, batch_size=4, sequence_length=64, seed=0)
-    assert named == loader.documents(5) and set(named) <= {path.name for path in text_dir.iterdir()}
-    assert "the newest saved step is 4: " in ended.error
+    assert ended.error.startswith("training step 6: loss ")
+    remedy = "look at the data of that step's batch, or lower optimizer.peak_lr"
+    assert ended.error.endswith(f" is not finite; the newest saved step is 4: {remedy}")
     assert saved_steps(tmp_path / "run") == [4] and saved_leaves(tmp_path / "run", 4) == before
     assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4, 5]
     step, _, _ = restore_step(tmp_path / "run")

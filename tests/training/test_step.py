@@ -45,7 +45,7 @@ def batch_of(seed: int = 0) -> Batch:
     """Packed rows of random documents; some run over the stream's end, so that rows differ in real labels."""
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum(rng.integers(3, 20, 100))])
-    stream = TokenStream([rng.integers(0, V, 500).astype("<u4")], starts[starts < 500], [])
+    stream = TokenStream([rng.integers(0, V, 500).astype("<u4")], starts[starts < 500])
     return make_batch([(stream, begin) for begin in rng.permutation(np.arange(B) * T).tolist()], T)
 
 
