@@ -9,7 +9,6 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,7 +37,12 @@ class MetricsLog(contextlib.ExitStack):
         super().__init__()
         self._wandb = self.enter_context(_start_wandb(config)) if config.training.wandb else None
         path = config.run_path / "metrics.jsonl"
-        kept = _records_until(path, step)
+        kept: list[dict[str, Any]] = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a dying machine tore is no record
+                record = json.loads(line)
+                if record["step"] <= step:
+                    kept.append(record)
         write_atomically(path, b"".join(_line(record) for record in kept))
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
         self._file = self.enter_context(path.open("ab", buffering=0))
@@ -74,17 +78,6 @@ def _event(**fields: Any) -> bytes:
 
 def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
-
-
-def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The whole records up to a step, in order; a line that a dying machine tore is not one."""
-    records: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            if record["step"] <= step:
-                records.append(record)
-    return records
 
 
 def _start_wandb(config: TrainConfig) -> Any:
