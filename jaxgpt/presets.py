@@ -68,17 +68,13 @@ def load_preset(name: str) -> TrainConfig:
     return config
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field of nested dataclasses, as `section.field -> value`."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        nested = dataclasses.is_dataclass(value)
-        flat |= flatten(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
-    return flat
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Every field that differs, as `section.field -> (old, new)`."""
-    before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Every field of nested dataclasses that differs, as `section.field -> (old, new)`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(new):
+        name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(after):
+            found |= differences(before, after, f"{name}.")
+        elif before != after:
+            found[name] = before, after
+    return found
