@@ -159,18 +159,14 @@ class Generate(Compute):
         with self.load(self.checkpoint, self.step) as trained:
             slots = self.slots if self.input else self.sampling.num_samples
             engine = Engine(trained.model, trained.tokenizer, slots, self.speculate)
-            if self.input:
-                self._answer(job, engine, trained)
-            else:
-                self._continue(engine)
+            if not self.input:
+                return self._continue(engine)
+            from jaxgpt.checkpoint import fingerprint
+            from jaxgpt.interop.chat import encode_chat
 
-    def _answer(self, job: Any, engine: Any, trained: Any) -> None:
-        from jaxgpt.checkpoint import fingerprint
-        from jaxgpt.interop.chat import encode_chat
-
-        rounding = f"{self.speculate} {min(self.slots, 8)}"
-        model = f"{trained.config} {trained.tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
-        job.run(engine, lambda said: encode_chat(trained.tokenizer, said), model)
+            rounding = f"{self.speculate} {min(self.slots, 8)}"
+            model = f"{trained.config} {trained.tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
+            job.run(engine, lambda said: encode_chat(trained.tokenizer, said), model)
 
     def _continue(self, engine: Any) -> None:
         """Print the first sample as it comes, the others, which come at the same time, behind it."""
