@@ -158,7 +158,8 @@ class Trainer:
         complete = not self.evaluation_due(step) or self.evaluate(step, state)
         stopping = self.stopping  # asked once, since a signal may come between two lines
         if stopping or self.save_due(step):
-            self.save(step, state)
+            self.log.sync()  # the records of a step are durable before it is
+            self.checkpoints.save(step, state.model, state.rest, self.provenance)
         if stopping and not (complete and step == self.last):
             self.checkpoints.wait()
             raise self.stopped(step)
@@ -220,10 +221,6 @@ class Trainer:
         self.bar.say(f"step {step}/{self.last}  {evaluation_figures(figures, self.corpora)}")
         self.log.write({"step": step, **figures})
         return True
-
-    def save(self, step: int, state: TrainState) -> None:
-        self.log.sync()
-        self.checkpoints.save(step, state.model, state.rest, self.provenance)
 
     def sample(self, state: TrainState) -> None:
         training = self.config.training
