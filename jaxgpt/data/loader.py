@@ -47,15 +47,9 @@ class Loader:
     """Random access to training batches: `loader[step]`."""
 
     def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        weights: Sequence[float] = (),
-        *,
-        batch_size: int,
-        sequence_length: int,
-        seed: int,
+        self, corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, sequence_length: int, seed: int
     ) -> None:
-        """weights: share of the rows from each corpus, by default its share of the tokens. Raises ConfigError when a
+        """weights: share of the rows from each corpus; without any, its share of the tokens. Raises ConfigError when a
         corpus is shorter than one sequence."""
         self._batch_size, self._length = batch_size, sequence_length
         for corpus in corpora:

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data.corpus import Problems, find_sources, read_documents
-from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_meta, write_shard
+from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_shard
 from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import locked, write_atomically
 from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
@@ -34,27 +34,21 @@ def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Token
     `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a prepared
     directory is opened as it is, a corpus of its own, and brings its tokenizer. Raises BadFileError for unusable text
     or shards, ConfigError for a vocabulary that does not fit."""
-    prepared = [path for path in data.paths if _is_prepared(Path(path))]
+    has_tokenizer = [path for path in data.paths if any(Path(path, name).exists() for name in TOKENIZER_FILES)]
+    prepared = [path for path in has_tokenizer if Path(path, "meta.json").exists()]  # which text may have too
     texts = [path for path in data.paths if path not in prepared]
     groups = [[path] for path in data.paths] if data.weights else [texts, *([path] for path in prepared)]
     corpora = [Path(group[0]) if group[0] in prepared else TextCorpus(group, data) for group in groups if group]
-    chosen = _choose_tokenizer(tokenizer, corpora, data)
+    path = tokenizer.path or next(iter(prepared), None)
+    of_text = [corpus for corpus in corpora if isinstance(corpus, TextCorpus)]
+    chosen = load_tokenizer(path) if path else _tokenizer_of(of_text, tokenizer, data)
     return chosen, [
         open_tokenized(corpus, chosen) if isinstance(corpus, Path) else _prepare(corpus, chosen) for corpus in corpora
     ]
 
 
-def _is_prepared(path: Path) -> bool:
-    """A directory of text may have a meta.json too, but no tokenizer."""
-    return (path / "meta.json").exists() and any((path / name).exists() for name in TOKENIZER_FILES)
-
-
-def _choose_tokenizer(config: TokenizerConfig, corpora: list["Path | TextCorpus"], data: DataConfig) -> Tokenizer:
-    """The configured tokenizer, else that of the first prepared directory, else one trained on the text."""
-    prepared = [corpus for corpus in corpora if isinstance(corpus, Path)]
-    if config.path or prepared:
-        return load_tokenizer(config.path or prepared[0])
-    texts = [corpus for corpus in corpora if isinstance(corpus, TextCorpus)]
+def _tokenizer_of(texts: list["TextCorpus"], config: TokenizerConfig, data: DataConfig) -> Tokenizer:
+    """The one that is trained on all of these texts together."""
     path = data.cache_path / "tokenizers" / f"{_key([corpus.digest for corpus in texts], asdict(config))}.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -175,7 +169,9 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
             raise
         if bad := text.survey.problems.bad:
             write_atomically(directory / "bad.jsonl", "".join(json.dumps(line) + "\n" for line in bad).encode())
-        write_meta(directory, text.name, tokenizer, splits)
+        meta = {"format": FORMAT, "name": text.name, "dtype": token_dtype(tokenizer).name}
+        meta |= {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
+        write_atomically(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
     for split, counts in splits.items():
         note(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     return open_tokenized(directory, tokenizer)

@@ -93,12 +93,6 @@ def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
     return shards
 
 
-def write_meta(directory: Path, name: str, tokenizer: Tokenizer, splits: dict[str, Any]) -> None:
-    meta = {"format": FORMAT, "name": name, "dtype": token_dtype(tokenizer).name, "vocab_size": tokenizer.vocab_size}
-    meta |= {"tokenizer_sha256": tokenizer.sha256, "splits": splits}
-    write_atomically(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
-
-
 def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a prepared directory and check it: format, tokenizer, sizes, and SHA-256 of the first VERIFIED_BYTES. Raises
     BadFileError when a file is missing, truncated or changed, or belongs to another tokenizer."""

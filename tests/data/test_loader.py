@@ -157,7 +157,7 @@ def test_errors() -> None:
 @pytest.mark.parametrize("length", [256, 1024])
 def test_millions_of_tokens_a_second_on_one_core(length: int) -> None:
     """5 million and more were measured; a busy machine gets 2."""
-    data = Loader([corpus(2_000_000)], batch_size=32, sequence_length=length, seed=0)
+    data = Loader([corpus(2_000_000)], (), batch_size=32, sequence_length=length, seed=0)
     best = 0.0
     for attempt in range(5):
         started = time.process_time()
