@@ -37,14 +37,15 @@ class MetricsLog(contextlib.ExitStack):
         super().__init__()
         self._wandb = self.enter_context(_start_wandb(config)) if config.training.wandb else None
         path = config.run_path / "metrics.jsonl"
-        kept: list[dict[str, Any]] = []
+        kept, self.evaluated = list[bytes](), set[int]()
         for line in path.read_bytes().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a dying machine tore is no record
                 record = json.loads(line)
                 if record["step"] <= step:
-                    kept.append(record)
-        write_atomically(path, b"".join(_line(record) for record in kept))
-        self.evaluated = {record["step"] for record in kept if "val_loss" in record}
+                    kept.append(line + b"\n")
+                    if "val_loss" in record:
+                        self.evaluated.add(record["step"])
+        write_atomically(path, b"".join(kept))
         self._file = self.enter_context(path.open("ab", buffering=0))
         # Not tensorboardX's SummaryWriter: it writes in a thread, which a full disk ends, and training waits for ever.
         (config.run_path / "tensorboard").mkdir(exist_ok=True)
@@ -55,7 +56,7 @@ class MetricsLog(contextlib.ExitStack):
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
-        append(self._file, _line(record))
+        append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         if "val_loss" in record:
             self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}
@@ -74,10 +75,6 @@ def _event(**fields: Any) -> bytes:
     content: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack("<Q", len(content))
     return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, content))
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def _start_wandb(config: TrainConfig) -> Any:
