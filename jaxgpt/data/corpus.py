@@ -136,12 +136,9 @@ def read_documents(sources: Iterable[Source], config: DataConfig, problems: Prob
 
 
 def _of_rows(source: Source, key: str, problems: Problems) -> Iterator[str]:
-    rows: Iterator[Any] = (
-        _parquet_rows(source.path, key) if source.path.suffix == ".parquet" else _json_lines(source.path)
-    )
     number = 0
     try:
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(_rows(source.path, key), 1):
             name = f"{source.name}:{number}"
             try:
                 text = _text_of(row, key)
@@ -153,18 +150,18 @@ def _of_rows(source: Source, key: str, problems: Problems) -> Iterator[str]:
         problems.skip(f"{source.name}:{number + 1}", f"the file cannot be read on: {str(error).splitlines()[0]}")
 
 
-def _json_lines(path: Path) -> Iterator[bytes | None]:
-    open_bytes: Any = gzip.open if path.suffix == ".gz" else open
-    with open_bytes(path, "rb") as file:
-        yield from bounded_lines(file, LONGEST_LINE)
-
-
-def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = file.schema_arrow.names
+def _rows(path: Path, key: str) -> Iterator[Any]:
+    """The lines of a file of JSON, None for one that is too long, or the values of a column."""
+    if path.suffix != ".parquet":
+        open_bytes: Any = gzip.open if path.suffix == ".gz" else open
+        with open_bytes(path, "rb") as lines:
+            yield from bounded_lines(lines, LONGEST_LINE)
+        return
+    with pyarrow.parquet.ParquetFile(path) as table:
+        columns = table.schema_arrow.names
         if key not in columns:
             raise ValueError(f"there is no column {key!r} (data.text_key){nearest(key, columns)}")
-        for batch in file.iter_batches(batch_size=256, columns=[key]):
+        for batch in table.iter_batches(batch_size=256, columns=[key]):
             yield from ({key: value.as_py()} for value in batch.column(0))
 
 
