@@ -215,10 +215,9 @@ class Convert:
     """Write a model in another format, and prove that it is the same."""
 
     source: Positional[Path]  # Run directory, directory of a Hugging Face model, or .gguf file.
-    target: Positional[Path]  # What is written: a directory, or a file for gguf. It must not exist.
-    to: Literal["jaxgpt", "hf", "gguf"]  # Format of the target.
-    # Numbers of the target's matrices; q8_0 (8 bits and a scale for each 32) only in gguf.
-    dtype: Literal["float32", "bfloat16", "q8_0"] = "float32"
+    target: Positional[Path]  # The directory that is written. It must not exist.
+    to: Literal["jaxgpt", "hf"]  # A run directory, to train on, or a Hugging Face one, which llama.cpp converts.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Numbers of the target; bfloat16 only in hf.
     check: bool = False  # Run both on a prompt and report how far they are apart.
 
     def run(self) -> None:

@@ -1,7 +1,7 @@
-"""config.json of Hugging Face and the metadata of GGUF as a ModelConfig, and back.
+"""config.json of Hugging Face as a ModelConfig, and back; the metadata of GGUF as a ModelConfig.
 
-Both directions follow the declarations in families.toml. GGUF metadata is translated to the keys of config.json first,
-so that there is one reading of each setting. A configuration is written only as a family that reads it back equal."""
+All follow the declarations in families.toml. GGUF metadata is translated to the keys of config.json first, so that
+there is one reading of each setting. A configuration is written only as a family that reads it back equal."""
 
 import dataclasses
 import math
@@ -123,21 +123,13 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
             _, again = read_config(hf, "config.json")
         except BadFileError:
             continue
-        if not (names := _differences(again, config)):
+        if again == config:
             return family, hf
-        differs[family.model_type] = names
+        names = [f.name for f in dataclasses.fields(config)]
+        differs[family.model_type] = [name for name in names if getattr(again, name) != getattr(config, name)]
     near = min(differs, key=lambda name: len(differs[name]))
     why = f"the nearest, {near}, differs in {', '.join(differs[near])}; only --to jaxgpt can hold it"
     raise ConfigError(f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: {why}")
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal, or as near as frequencies that were computed in float32."""
-    return a == b or (type(a) is type(b) is float and math.isclose(a, b, rel_tol=1e-5))
-
-
-def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    return [f.name for f in dataclasses.fields(a) if not _same(getattr(a, f.name), getattr(b, f.name))]
 
 
 def _as_family(config: ModelConfig, family: Family) -> Json:
@@ -191,8 +183,10 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
             llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             hf = llama3 | hf | {"rope_type": "llama3", "factor": float(factors.read().max())}
         _, config = read_config(hf, where)
-        if factors and not np.allclose(_slowing(config), factors.read(), rtol=1e-5, atol=0):
-            raise ValueError("rope_freqs.weight is no scaling of Llama 3 that is known")
+        if factors:  # what Llama 3's scaling divides each frequency by
+            plain, scaled = (frequencies(config, config.rope_theta, scaling, 0) for scaling in ("none", "llama3"))
+            if not np.allclose(plain / scaled, factors.read(), rtol=1e-5, atol=0):
+                raise ValueError("rope_freqs.weight is no scaling of Llama 3 that is known")
     if config.n_layers in family.gguf_wide_scalar:
         config = dataclasses.replace(config, query_scalar=config.d_model / config.n_heads)
     return family, config
@@ -201,35 +195,3 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
 def _decimal(value: Any) -> Any:
     """The shortest number that is the same float32: 1e-5 is 9.999999747378752e-06 in a file."""
     return float(str(np.float32(value))) if isinstance(value, float) and abs(value) < 1e38 else value
-
-
-def _slowing(config: ModelConfig) -> np.ndarray:
-    """What Llama 3's scaling divides each frequency by: `rope_freqs` of GGUF, float32 [rotary_dim / 2]."""
-    plain, scaled = (frequencies(config, config.rope_theta, scaling, 0) for scaling in ("none", "llama3"))
-    return plain / scaled
-
-
-def write_gguf_config(
-    config: ModelConfig, family: Family, tensors: Mapping[str, StoredTensor]
-) -> tuple[Json, dict[str, StoredTensor]]:
-    """The metadata, and `tensors` with those that only describe positions. Raises ConfigError, naming what is lost,
-    when GGUF cannot hold the model."""
-    config, tensors = canonical(config), dict(tensors)
-    hf = _flat(_as_family(config, family))
-    if config.rope_scaling == "llama3":
-        factors = _slowing(config)
-        tensors = {"rope_freqs.weight": StoredTensor(factors.shape, "F32", factors.copy)} | tensors
-    if config.rope_scaling != "linear":  # what else there is has no name, and llama.cpp would take the factor for that
-        hf |= {"rope_type": None, "factor": None}
-    own = {key: hf[family.key(name)] for name, key in family.gguf_keys.items() if key and hf.get(family.key(name))}
-    own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
-    if config.positions == "rotary":
-        own["rope.dimension_count"] = config.rotary_dim
-    metadata = {"general.architecture": family.gguf} | {f"{family.gguf}.{key}": value for key, value in own.items()}
-    try:
-        lost = _differences(read_gguf_config(metadata, tensors, "GGUF")[1], config)
-    except BadFileError as error:
-        raise ConfigError(f"GGUF cannot hold this {family.model_type} model ({error}); use --to hf") from None
-    if lost:
-        raise ConfigError(f"GGUF cannot hold {', '.join(lost)} of this {family.model_type} model; use --to hf")
-    return metadata, tensors

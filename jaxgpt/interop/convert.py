@@ -4,7 +4,6 @@ A target appears whole or not at all: it is written beside and renamed when it i
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,50 +12,43 @@ import numpy as np
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import CheckpointConfig, TokenizerConfig, TrainConfig, TrainingConfig
-from jaxgpt.errors import ConfigError, JaxgptError, note
+from jaxgpt.errors import ConfigError, JaxgptError
 from jaxgpt.files import sync, write_atomically
-from jaxgpt.interop.configs import write_config, write_gguf_config
-from jaxgpt.interop.gguf import write_gguf
-from jaxgpt.interop.load import load_model
+from jaxgpt.interop.configs import write_config
+from jaxgpt.interop.load import Dtype, load_model
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.verify import logits_of
-from jaxgpt.interop.vocabulary import gguf_metadata, write_tokenizer
-from jaxgpt.interop.weights import Layout, stored_tensors
+from jaxgpt.interop.vocabulary import write_tokenizer
+from jaxgpt.interop.weights import stored_tensors
 from jaxgpt.run import TrainedModel, write_run
 
-Format = Literal["jaxgpt", "hf", "gguf"]
-Precision = Literal["float32", "bfloat16", "q8_0"]
-_KIND = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
-_Q8_BLOCK = 32
 _PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 5, 8, 13: def f(x):\n    return x + 1\n"
 
 
-def convert(source: Path, target: Path, to: Format, dtype: Precision) -> None:
-    """Write the model at `source` (any that `load_model` takes) to `target` in another format. Raises ConfigError when
-    the target exists or the format cannot hold the model, BadFileError for a bad source."""
+def convert(source: Path, target: Path, to: Literal["jaxgpt", "hf"], dtype: Dtype) -> None:
+    """Write the model at `source` (any that `load_model` takes) to the directory `target` in another format. Raises
+    ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source."""
     if target.exists():
         raise ConfigError(f"convert: {target} exists; remove it or choose another name")
-    held = {"jaxgpt": ("float32",), "hf": ("float32", "bfloat16")}.get(to, (dtype,))
-    if dtype not in held:
-        raise ConfigError(f"convert: {to} holds {' or '.join(held)} parameters, not {dtype}; choose another --dtype")
+    if to == "jaxgpt" and dtype != "float32":
+        raise ConfigError(f"convert: jaxgpt holds float32 parameters, not {dtype}; leave --dtype out")
     trained = load_model(source, for_training=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    _remove(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
     try:
-        {"jaxgpt": _write_run, "hf": _write_hf, "gguf": _write_gguf}[to](trained, partial, dtype)
+        if to == "jaxgpt":
+            _write_run(trained, partial)
+        else:
+            _write_hf(trained, partial, dtype)
         partial.rename(target)
         sync(target.parent)
     except BaseException:
-        _remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
+def _write_run(trained: TrainedModel, directory: Path) -> None:
     chunks = next(chunks for chunks in (8, 4, 2, 1) if trained.config.context_length % chunks == 0)
     final = directory.with_suffix("")  # without .partial
     tokenizer = TokenizerConfig(path=str(final / trained.tokenizer.file_name))
@@ -67,31 +59,17 @@ def _write_run(trained: TrainedModel, directory: Path, dtype: Precision) -> None
     write_run(config, trained.tokenizer, directory)
 
 
-def _write_hf(trained: TrainedModel, directory: Path, dtype: Precision) -> None:
+def _write_hf(trained: TrainedModel, directory: Path, dtype: Dtype) -> None:
     family, hf = write_config(trained.config, trained.family)
     tokenizer = trained.tokenizer
     hf |= {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_id}
     hf |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     directory.mkdir()
-    tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=False))
-    write_safetensors(directory, {name: replace(each, kind=_KIND[dtype]) for name, each in tensors.items()})
+    write_safetensors(directory, stored_tensors(trained.model, family, "F32" if dtype == "float32" else "BF16"))
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
     for name, content in {"config.json": hf, "generation_config.json": ends}.items():
         write_atomically(directory / name, json.dumps(content, indent=2).encode() + b"\n")
     write_tokenizer(tokenizer, directory)
-
-
-def _write_gguf(trained: TrainedModel, path: Path, dtype: Precision) -> None:
-    family, _ = write_config(trained.config, trained.family)
-    tensors = stored_tensors(trained.model, Layout(family, trained.config, gguf=True))
-    metadata, tensors = write_gguf_config(trained.config, family, tensors)
-    metadata |= gguf_metadata(trained.tokenizer, trained.config.vocab_size or 0)
-    matrices = {name: replace(each, kind=_KIND[dtype]) for name, each in tensors.items() if len(each.shape) > 1}
-    kept = [name for name, each in matrices.items() if dtype == "q8_0" and each.shape[-1] % _Q8_BLOCK]
-    matrices |= {name: replace(tensors[name], kind="BF16") for name in kept}
-    write_gguf(path, metadata, tensors | matrices)
-    if kept:
-        note(f"{len(kept)} tensors, such as {kept[0]}, are bfloat16: their rows divide by no {_Q8_BLOCK}")
 
 
 def compare(source: Path, target: Path) -> tuple[float, float, float]:

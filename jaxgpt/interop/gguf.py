@@ -1,4 +1,4 @@
-"""GGUF files (version 2 and 3, little endian), read within bounds and written so that other readers take them.
+"""GGUF files (version 2 and 3, little endian), read within bounds.
 
 Layout: magic, version, number of tensors and of settings; the settings; name, dimensions (innermost first), type and
 offset of each tensor; the tensors' data, aligned. Every length is compared with the bytes that are left before
@@ -8,14 +8,13 @@ import itertools
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.files import sync
 from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, aligned, plain_tensor
 
 _TYPES = {  # number in the file -> name, elements in a block, bytes of a block
@@ -149,27 +148,3 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: int) -> Stored
         return values.reshape(shape)
 
     return StoredTensor(shape, name, read)
-
-
-def write_gguf(path: Path, metadata: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-    """Write settings and tensors of the kinds F32, F16, BF16 and Q8_0, one in memory at a time. The caller renames: a
-    file that is not complete has no name of its own."""
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
-
-    metadata = dict(metadata)
-    writer = GGUFWriter(path, metadata.pop("general.architecture"))
-    for key, value in metadata.items():
-        of_value = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
-        writer.add_key_value(key, value, of_value)
-    for name, tensor in tensors.items():
-        kind = GGMLQuantizationType[tensor.kind]
-        stored = quants.quant_shape_to_byte_shape(tensor.shape, kind)
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors.values():
-        values = np.ascontiguousarray(tensor.read(), np.float32)
-        writer.write_tensor_data(quants.quantize(values, GGMLQuantizationType[tensor.kind]))
-    writer.close()
-    sync(path)

@@ -53,7 +53,6 @@ def load_weights(path: Path, *, dtype: Dtype | None = None, for_training: bool =
     where = f"model {path}"
     layout, tensors = open_model(path)
     config = replace(layout.config, dtype=dtype or "float32")
-    layout = replace(layout, config=config)
     check_tensors(layout, tensors, where)
     check_divides(jax.sharding.get_mesh(), config)
     as_used = (lambda model: model) if for_training else for_decoding

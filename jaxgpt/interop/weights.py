@@ -1,4 +1,4 @@
-"""Parameters out of stored tensors and back into them, as the rows of a family declare.
+"""Parameters out of stored tensors, and back into safetensors, as the rows of a family declare.
 
 Every name and shape is compared with the configuration before anything is read. A parameter is read when its turn comes
 and goes to its devices in parts, so the host holds one at a time and no device holds a whole that is cut over several.
@@ -7,7 +7,7 @@ and goes to its devices in parts, so the host holds one at a time and no device 
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -29,9 +29,7 @@ class Place(NamedTuple):
 
     row: Row
     stored: str  # the letters of the stored axes
-    ours: str  # the same in our order
     at: tuple[slice, ...]  # its part of the tensor, which others may share
-    plus_one: bool  # whether 1 + scale is stored
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Layout:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """How long the axis of each letter is in files; k and j are the two halves of K, and a place in one."""
-        return axis_sizes(self.config) | {"V": self.config.vocab_size or 0, "k": 2, "j": self.config.key_dim // 2}
+        """How long the axis of each letter is in files."""
+        return axis_sizes(self.config) | {"V": self.config.vocab_size or 0}
 
     @cached_property
     def tensors(self) -> dict[str, list[Place]]:
@@ -59,25 +57,17 @@ class Layout:
             if row.name in there:
                 name = row.gguf if self.gguf else row.hf
                 before = found.setdefault(name, [])
-                axes, ours = self._axes(row, name)
+                axes = row.stored.split()
+                if not self.gguf and self.family.transposed and row.name.endswith("kernel"):
+                    axes.reverse()
+                if "{e}" in name:
+                    axes = axes[1:]
                 at = [slice(0, math.prod(self.sizes[letter] for letter in axis)) for axis in axes]
                 along = next((i for i, axis in enumerate(axes) if axis != "D"), 0)
                 start = before[-1].at[along].stop if before else 0
                 at[along] = slice(start, start + at[along].stop)
-                plus_one = self.gguf and self.config.norm_plus_one and row.name.endswith("norm.scale")
-                before.append(Place(row, "".join(axes), ours, tuple(at), plus_one))
+                before.append(Place(row, "".join(axes), tuple(at)))
         return found
-
-    def _axes(self, row: Row, name: str) -> tuple[list[str], str]:
-        """The letters of each stored axis, and the same letters in our order."""
-        axes, ours = row.stored.split(), row.axes
-        if not self.gguf and self.family.transposed and row.name.endswith("kernel"):
-            axes.reverse()
-        if "{e}" in name:
-            axes, ours = axes[1:], ours[1:]
-        if self.gguf and self.family.interleaved and row.name.startswith(("attention.query.", "attention.key.")):
-            axes, ours = [axis.replace("K", "jk") for axis in axes], ours.replace("K", "kj")
-        return axes, ours
 
     def each(self, name: str) -> Iterator[tuple[str, int | None, int | None]]:
         """Every tensor of a stored name, with its layer and its expert."""
@@ -89,28 +79,22 @@ class Layout:
         """That of each tensor of a stored name."""
         return tuple(part.stop for part in self.tensors[name][-1].at)
 
-    def _part(self, tensor: np.ndarray, place: Place) -> np.ndarray:
+    def part(self, tensor: np.ndarray, place: Place) -> np.ndarray:
         """A parameter in a stored tensor, as a view of that: to be read or to be written."""
         array = tensor[place.at].reshape([self.sizes[letter] for letter in place.stored])
-        return np.einsum(f"{place.stored}->{place.ours}", array)
+        ours = "".join(letter for letter in place.row.axes if letter in place.stored)
+        return np.einsum(f"{place.stored}->{ours}", array)
 
     def read(self, tensors: Mapping[str, StoredTensor], name: str, place: Place, layer: int | None) -> np.ndarray:
         """The parameter of one layer, in our axes; a view of what was read where that is possible."""
         experts = range(self.config.n_experts) if "{e}" in name else [None]
-        parts = [self._part(tensors[name.format(layer, e=expert)].read(), place) for expert in experts]
+        parts = [self.part(tensors[name.format(layer, e=expert)].read(), place) for expert in experts]
         array = np.stack(parts) if "{e}" in name else parts[0]
-        array = array.reshape([self.sizes[letter] for letter in place.row.axes])  # K, which may be k and j
-        return array - np.float32(1) if place.plus_one else array
-
-    def write(self, parameter: Callable[[str], np.ndarray], name: str, expert: int | None) -> np.ndarray:
-        """A stored tensor of one layer, from `parameter(name)`."""
-        tensor = np.empty(self.shape(name), np.float32)
-        for place in self.tensors[name]:
-            array, part = parameter(place.row.name), self._part(tensor, place)
-            array = array[: self.sizes[place.row.axes[0]]]  # without the rows that round the vocabulary up
-            array = (array if expert is None else array[expert]).reshape(part.shape)
-            part[...] = array + np.float32(1) if place.plus_one else array
-        return tensor
+        if self.gguf and self.family.interleaved and place.row.name.startswith(("attention.query.", "attention.key.")):
+            pairs = array.reshape(*array.shape[:-1], -1, 2)  # K is the last axis
+            array = pairs.swapaxes(-1, -2).reshape(array.shape)
+        stores_one_more = self.gguf and self.config.norm_plus_one and place.row.name.endswith("norm.scale")
+        return array - np.float32(1) if stores_one_more else array
 
 
 def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor], where: str) -> None:
@@ -159,18 +143,28 @@ def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredT
     return jax.tree_util.tree_map_with_path(fill, place_shapes(abstract))
 
 
-def stored_tensors(model: Transformer, layout: Layout) -> dict[str, StoredTensor]:
-    """Every tensor of the file that `layout` describes, in float32, taken from the devices when it is read."""
+def stored_tensors(model: Transformer, family: Family, kind: str = "F32") -> dict[str, StoredTensor]:
+    """Every tensor of the family's safetensors, to be written as `kind`; each is taken from the devices, in float32,
+    when it is read."""
+    layout = Layout(family, model.config, gguf=False)
     leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    stacked = not isinstance(model.layers, tuple)
 
-    def parameter(layer: int | None, name: str) -> np.ndarray:
-        if layer is None:
-            return np.asarray(leaves[name])
-        return np.asarray(leaves[f"layers.{name}"][layer] if stacked else leaves[f"layers.{layer}.{name}"])
+    def read(stored_name: str, layer: int | None, expert: int | None) -> np.ndarray:
+        tensor = np.empty(layout.shape(stored_name), np.float32)
+        for place in layout.tensors[stored_name]:
+            name = place.row.name
+            if layer is None:
+                array = leaves[name]
+            elif isinstance(model.layers, tuple):
+                array = leaves[f"layers.{layer}.{name}"]
+            else:
+                array = leaves[f"layers.{name}"][layer]
+            array = np.asarray(array)[: layout.sizes[place.row.axes[0]]]  # without rows that round the vocabulary up
+            layout.part(tensor, place)[...] = array if expert is None else array[expert]
+        return tensor
 
     return {
-        name: StoredTensor(layout.shape(each), "F32", partial(layout.write, partial(parameter, layer), each, expert))
+        name: StoredTensor(layout.shape(each), kind, partial(read, each, layer, expert))
         for each in layout.tensors
         for name, layer, expert in layout.each(each)
     }

@@ -36,7 +36,6 @@ class Tokenizer(ABC):
     text (nothing for some), end_ids whatever ends one; chat_template is Jinja's source, if there is one."""
 
     file_name: str
-    byte_level = False  # whether pieces are written in byte-level BPE's alphabet of bytes
     bos_id = eos_id = pad_id = -1
     bos_ids: list[int]
 

@@ -3,7 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
 
@@ -37,7 +37,7 @@ class JsonTokenizer(Tokenizer):
             raise BadFileError(f"{where}: {kind} with ids up to {size} is not implemented; only BPE and Unigram are")
         if kind == "BPE":
             self._model.model.dropout = None
-        self.byte_level = "ByteLevel" in repr(self._model.decoder)
+        self.byte_level = "ByteLevel" in repr(self._model.decoder)  # whether pieces are in that alphabet of bytes
         pieces, kinds = [""] * size, [Kind.UNUSED] * size
         for piece, token in vocabulary.items():
             pieces[token] = piece
@@ -66,10 +66,6 @@ class JsonTokenizer(Tokenizer):
         if not self.byte_level and not self.spells_all:
             note(f"{self.where}: characters that it does not know are lost")
 
-    def parsed(self) -> Settings:
-        """The tokenizer.json with every setting written out, also those that the file leaves to the library."""
-        return json.loads(self._model.to_str())
-
     def _cut(self, texts: list[str], special: bool) -> list[list[int]]:
         if self._missing and (lost := self._missing.intersection("".join(texts).encode())):
             note(f"{self.where} has no token for bytes {bytes(lost).hex(' ')}: left out")
@@ -85,40 +81,24 @@ def _from_alphabet(piece: str, kind: int) -> bytes:
     return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
 
 
-class Cutting(NamedTuple):
-    """How byte-level BPE cuts a text before the bytes of each part are merged, in the terms of tokenizer.json."""
-
-    pre_tokenizers: list[Settings]
-    normalizer: Settings | None = None
-    ignore_merges: bool = False
+CUTTINGS: dict[str, Settings] = tomllib.loads(Path(__file__).with_name("cuttings.toml").read_text("utf-8"))
+"""How byte-level BPE cuts a text before the bytes of each part are merged, in the terms of tokenizer.json."""
 
 
-_TABLE = tomllib.loads(Path(__file__).with_name("cuttings.toml").read_text("utf-8"))
-CUTTINGS = {name: Cutting(**entry) for name, entry in _TABLE.items()}
-
-
-def byte_level_json(
-    ids: dict[str, int], kinds: dict[str, int], bos: str | None, merges: list[Any], cutting: Cutting
-) -> bytes:
-    """A tokenizer.json of byte-level BPE, as `tokenizer_json`; each of `merges` is two pieces with a space between."""
-    model = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": cutting.ignore_merges}
-    before, after = {"type": "Sequence", "pretokenizers": cutting.pre_tokenizers}, CUTTINGS["gpt-2"].pre_tokenizers[0]
-    return tokenizer_json(ids, kinds, bos, model, normalizer=cutting.normalizer, pre_tokenizer=before, decoder=after)
-
-
-def tokenizer_json(ids: dict[str, int], kinds: dict[str, int], bos: str | None, model: Settings, **parts: Any) -> bytes:
+def tokenizer_json(pieces: list[str], kinds: list[int], bos: int | None, model: Settings, **parts: Any) -> bytes:
     """A tokenizer.json that begins each text with `bos`. Its added tokens are the pieces that `kinds` says are special
     or user-defined."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        {"id": token, "content": piece, "special": kinds[piece] != Kind.USER_DEFINED, **flags}
-        for piece, token in ids.items()
-        if kinds.get(piece) in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+        {"id": token, "content": piece, "special": kind != Kind.USER_DEFINED, **flags}
+        for piece, (token, kind) in dict(zip(pieces, enumerate(kinds), strict=True)).items()
+        if kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
     ]
     if bos is not None:
-        begin = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        name = pieces[bos]
+        begin = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         pair = [*begin, {"Sequence": {"id": "B", "type_id": 0}}]
-        special = {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}
+        special = {name: {"id": name, "ids": [bos], "tokens": [name]}}
         template = {"type": "TemplateProcessing", "single": begin, "pair": pair, "special_tokens": special}
         parts["post_processor"] = template
     return json.dumps({"version": "1.0", "added_tokens": added, "model": model, **parts}, ensure_ascii=False).encode()

@@ -14,7 +14,7 @@ from jaxgpt.interop.configs import read_config, write_config
 from jaxgpt.interop.families import family_of
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.vocabulary import write_tokenizer
-from jaxgpt.interop.weights import Layout, stored_tensors
+from jaxgpt.interop.weights import stored_tensors
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import place_shapes
@@ -51,8 +51,7 @@ FAMILIES: dict[str, Json] = {
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "qwen3_moe": dict(model_type="qwen3_moe", norm_topk_prob=True, **EXPERTS),
 }  # fmt: skip
-"""All that GGUF can hold."""
-MORE: dict[str, Json] = {
+MORE: dict[str, Json] = {  # which GGUF has no settings for
     "mistral, window": dict(model_type="mistral", sliding_window=8),
     "phi3, long": dict(
         model_type="phi3", partial_rotary_factor=0.75, rope_scaling=LONG, original_max_position_embeddings=64
@@ -100,8 +99,7 @@ def write_hf(
     family, hf = write_config(config, model_type)
     assert family is family_of(model_type, name)
     (directory / "config.json").write_text(json.dumps(hf))
-    tensors = stored_tensors(model, Layout(family, config, gguf=False))
-    write_safetensors(directory, tensors, shard_bytes)
+    write_safetensors(directory, stored_tensors(model, family), shard_bytes)
     if tokenizer:
         write_tokenizer(tokenizer, directory)
     return model

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import made
+import made_gguf
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -58,19 +59,23 @@ def assert_same(a: Path, b: Path, atol: float = 0) -> None:
         assert other.tokenizer.decode(other.tokenizer.encode(text)) == text
 
 
-ORDERS = list(itertools.permutations(["jaxgpt", "gguf", "hf"]))
-OTHERS = [("gpt2", ORDERS[0]), ("gemma3", ORDERS[1]), ("qwen3_moe", ORDERS[2])]
+CHAINS = [(of, to) for of in ("hf", "gguf") for to in itertools.permutations(["jaxgpt", "hf"])]
+OTHERS = [("gpt2", CHAINS[0]), ("gemma3", CHAINS[2]), ("qwen3_moe", CHAINS[3])]
 
 
-@pytest.mark.parametrize(("name", "order"), [*(("llama 3", order) for order in ORDERS), *OTHERS])
+@pytest.mark.parametrize(("name", "chain"), [*(("llama 3", chain) for chain in CHAINS), *OTHERS])
 def test_every_format_leads_to_every_other(
-    name: str, order: tuple[str, ...], sources: Path, mesh_of: Callable, tmp_path: Path
+    name: str, chain: tuple[str, tuple[str, ...]], sources: Path, mesh_of: Callable, tmp_path: Path
 ) -> None:
-    """Three conversions in a row, through all formats, end where they began."""
+    """Two conversions in a row, from either kind of other people's files, end where they began."""
+    of, targets = chain
     places = [sources / name]
+    if of == "gguf":
+        places.append(tmp_path / "there.gguf")
+        made_gguf.convert(sources / name, places[-1])
     with mesh_of():
-        for to in order:
-            places.append(tmp_path / ("there.gguf" if to == "gguf" else to))
+        for to in targets:
+            places.append(tmp_path / to)
             convert(places[-2], places[-1], to, "float32")  # type: ignore[arg-type]
         assert_same(sources / name, places[-1], atol=1e-6 if name == "gemma3" else 0)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in places[1:]}, "nothing else is left"
@@ -79,22 +84,19 @@ def test_every_format_leads_to_every_other(
 def test_the_family_survives_where_the_format_names_it(sources: Path, mesh_of: Callable, tmp_path: Path) -> None:
     with mesh_of():
         for name in ("gemma3", "qwen3_moe"):
-            convert(sources / name, tmp_path / f"{name}.gguf", "gguf", "float32")
+            made_gguf.convert(sources / name, tmp_path / f"{name}.gguf")
             convert(tmp_path / f"{name}.gguf", tmp_path / name, "hf", "float32")
             before, after = (json.loads((p / name / "config.json").read_text()) for p in (sources, tmp_path))
             assert {key: after[key] for key in before} == before
             assert after["dtype"] == after["torch_dtype"] == "float32" and "bos_token_id" in after
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
-def test_the_check_measures_how_far_apart_two_models_are(
-    dtype: Any, sources: Path, mesh_of: Callable, tmp_path: Path
-) -> None:
+def test_the_check_measures_how_far_apart_two_models_are(sources: Path, mesh_of: Callable, tmp_path: Path) -> None:
     """The three figures, against a computation of their definitions."""
     with mesh_of():
-        convert(sources / "llama 3", tmp_path / "x.gguf", "gguf", dtype)
-        difference, kl, top1 = compare(sources / "llama 3", tmp_path / "x.gguf")
-        one, other = load_model(sources / "llama 3"), load_model(tmp_path / "x.gguf")
+        convert(sources / "llama 3", tmp_path / "x", "hf", "bfloat16")
+        difference, kl, top1 = compare(sources / "llama 3", tmp_path / "x")
+        one, other = load_model(sources / "llama 3"), load_model(tmp_path / "x")
         ids = one.tokenizer.encode(convert_module._PROMPT, bos=True)[:128]
         a, b = (np.asarray(m.model.logits(m.model(jnp.array([ids]))[0])[0], np.float64) for m in (one, other))
     assert len(ids) > 40
@@ -142,20 +144,11 @@ def test_large_models_are_sharded_with_an_index(
 
 
 def test_the_command_converts_and_checks(command: Callable[..., Any], sources: Path, tmp_path: Path) -> None:
-    outcome = command(
-        "jaxgpt",
-        "convert",
-        str(sources / "llama 3"),
-        str(tmp_path / "x.gguf"),
-        "--to",
-        "gguf",
-        "--dtype",
-        "q8_0",
-        "--check",
-    )
+    words = ["--to", "hf", "--dtype", "bfloat16", "--check"]
+    outcome = command("jaxgpt", "convert", str(sources / "llama 3"), str(tmp_path / "x"), *words)
     assert (outcome.status, outcome.err) == (0, "")
     first, second = outcome.out.splitlines()
-    assert first == f"wrote {tmp_path / 'x.gguf'}"
+    assert first == f"wrote {tmp_path / 'x'}"
     number = r"[\d.e+-]+"
     figures = rf"max logit difference {number}, KL divergence {number} nats, top-1 agreement [\d.]+ %"
     assert re.fullmatch(figures, second), second
@@ -165,10 +158,8 @@ def test_the_command_converts_and_checks(command: Callable[..., Any], sources: P
     ("words", "message"),
     [
         ("{there} --to hf", "convert: {there} exists; remove it or choose another name"),
-        ("{there}/file --to gguf", "convert: {there}/file exists; remove it or choose another name"),
-        ("new --to hf --dtype q8_0", "convert: hf holds float32 or bfloat16 parameters, not q8_0; choose"),
-        ("new --to jaxgpt --dtype q8_0", "convert: jaxgpt holds float32 parameters, not q8_0"),
-        ("new --to jaxgpt --dtype bfloat16", "convert: jaxgpt holds float32 parameters, not bfloat16"),
+        ("{there}/file --to hf", "convert: {there}/file exists; remove it or choose another name"),
+        ("new --to jaxgpt --dtype bfloat16", "convert: jaxgpt holds float32 parameters, not bfloat16; leave --dtype"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_and_changes_nothing(
@@ -188,40 +179,41 @@ def test_what_cannot_be_is_refused_in_one_line_and_changes_nothing(
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "file"] and (there / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("to", ["hf", "gguf", "jaxgpt"])
+STOPS = {"data": ("hf", "stored_tensors"), "hf": ("hf", "write_tokenizer"), "jaxgpt": ("jaxgpt", "write_run")}
+
+
+@pytest.mark.parametrize("where", STOPS)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interruption_leaves_what_was_there(
-    to: str, error: BaseException, command: Callable[..., Any], sources: Path, tmp_path: Path,
+    where: str, error: BaseException, command: Callable[..., Any], sources: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """In the middle of the data, or before the last file of the directory; the next attempt finds its way clear."""
-    target = tmp_path / "deep" / "x.gguf"
+    target = tmp_path / "deep" / "x.y"
     (tmp_path / "mine").write_text("mine")
 
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    stopped = {"hf": ("write_tokenizer", stop), "jaxgpt": ("write_run", stop), "gguf": ("stored_tensors", None)}
-    name, stand_in = stopped[to]
-    if stand_in is None:
-        whole = convert_module.stored_tensors
+    whole = convert_module.stored_tensors
 
-        def breaking(*arguments: Any) -> dict:
-            tensors = whole(*arguments)
-            middle = list(tensors)[len(tensors) // 2]
-            return tensors | {middle: dataclasses.replace(tensors[middle], read=stop)}  # type: ignore[arg-type]
+    def breaking(*arguments: Any) -> dict:
+        tensors = whole(*arguments)
+        middle = list(tensors)[len(tensors) // 2]
+        return tensors | {middle: dataclasses.replace(tensors[middle], read=stop)}  # type: ignore[arg-type]
 
-        stand_in = breaking  # type: ignore[assignment]
+    to, name = STOPS[where]
     words = ["jaxgpt", "convert", str(sources / "llama 3"), str(target), "--to", to]
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, name, stand_in)
+        patch.setattr(convert_module, name, breaking if where == "data" else stop)
         outcome = command(*words)
     assert outcome.status == (75 if isinstance(error, KeyboardInterrupt) else 74) and outcome.error and not outcome.out
     assert not list(target.parent.iterdir()) and (tmp_path / "mine").read_text() == "mine"
-    partial = target.with_name("x.gguf.partial")  # what a kill leaves
+    partial = target.with_name("x.y.partial")  # what a kill leaves
     partial.mkdir()
     (partial / "rest").write_text("rest")
-    assert command(*words).status == 0 and [path.name for path in target.parent.iterdir()] == ["x.gguf"]
+    assert command(*words).status == 0 and [path.name for path in target.parent.iterdir()] == ["x.y"]
+    assert not (target / "rest").exists()
 
 
 def test_a_bad_source_is_named(command: Callable[..., Any], sources: Path, tmp_path: Path) -> None:
@@ -243,10 +235,13 @@ def test_every_verb_takes_a_foreign_model(
     kind: str, command: Callable[..., Any], sources: Path, mesh_of: Callable, tmp_path: Path
 ) -> None:
     path = sources / "llama 3"
-    if kind != "directory":
-        path = tmp_path / ("x.gguf" if kind == "gguf" else "run")
+    if kind == "gguf":
+        path = tmp_path / "x.gguf"
+        made_gguf.convert(sources / "llama 3", path)
+    if kind == "run":
+        path = tmp_path / "run"
         with mesh_of():
-            convert(sources / "llama 3", path, "gguf" if kind == "gguf" else "jaxgpt", "float32")
+            convert(sources / "llama 3", path, "jaxgpt", "float32")
     words = ["--prompt", "The quick", "--max-new-tokens", "8", "--temperature", "0"]
     outcome = command("generate.py", "--checkpoint", str(path), *words)
     assert (outcome.status, outcome.err) == (0, "") and outcome.out.startswith("The quick")

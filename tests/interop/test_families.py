@@ -14,7 +14,7 @@ from jaxgpt.interop.configs import read_config, write_config
 from jaxgpt.interop.families import FAMILIES, family_of
 from jaxgpt.interop.load import load_weights
 from jaxgpt.interop.safetensors_dir import write_safetensors
-from jaxgpt.interop.weights import Layout, stored_tensors
+from jaxgpt.interop.weights import stored_tensors
 
 pytestmark = pytest.mark.parity
 
@@ -135,8 +135,7 @@ def test_exports_what_transformers_reads_back(case: tuple, mesh_of: Callable, tm
         family, ours = load_weights(directory)
         _, hf = write_config(ours.config, family)
         (tmp_path / "config.json").write_text(json.dumps(hf | IDS | {"dtype": "float32"}))
-        layout = Layout(family_of(family, name), ours.config, gguf=False)
-        write_safetensors(tmp_path, stored_tensors(ours, layout))
+        write_safetensors(tmp_path, stored_tensors(ours, family_of(family, name)))
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     for tensor in before:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import made_gguf
 import numpy as np
 import pytest
 from crafted import (
@@ -33,7 +34,6 @@ from jaxgpt.errors import BadFileError
 from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.interop.load import load_model, load_weights
 from jaxgpt.interop.safetensors_dir import read_safetensors
-from jaxgpt.interop.vocabulary import gguf_metadata
 from jaxgpt.tokenizer import train_tokenizer
 
 HUGE = 2**60
@@ -621,7 +621,7 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(["some words to learn from, " * 50], TokenizerConfig(vocab_size=280))
     write_directory(directory / "hf", vocab_size=280)
     tokenizer.write(directory / "hf")
-    write_gguf_file(directory / "m.gguf", gguf_metadata(tokenizer, 280), 280)
+    write_gguf_file(directory / "m.gguf", made_gguf.tokenizer_settings(tokenizer, 280), 280)
     return directory
 
 

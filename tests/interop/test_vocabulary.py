@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_gguf
 import pytest
 import sentencepiece
 import tokenizers
@@ -15,10 +16,10 @@ import tokenizers
 from jaxgpt import cli
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError, JaxgptError
-from jaxgpt.interop.vocabulary import from_gguf, gguf_metadata, open_tokenizer, write_tokenizer
+from jaxgpt.interop.vocabulary import from_gguf, open_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from jaxgpt.tokenizer.base import Kind
-from jaxgpt.tokenizer.bpe import CUTTINGS, byte_level_json
+from jaxgpt.tokenizer.bpe import CUTTINGS, tokenizer_json
 
 TEXTS = [
     "", " ", "   ", "a  b\n\n    c\t\t\n", "Don't SAY 31,415 things", "def f(x):\n        return x  # naïve \U0001f642",
@@ -54,9 +55,12 @@ def _byte_level(**more: Any) -> dict[str, Any]:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pairs = ["a b", "Ġ a", "ab c", "1 2", "i n", "t h", "th e", "Ċ Ċ"]
     tokens = ["<|end|>", "<think>", "<|turn|>", *alphabet, *(pair.replace(" ", "") for pair in pairs)]
-    kinds = {"<|end|>": Kind.CONTROL, "<think>": Kind.USER_DEFINED, "<|turn|>": Kind.CONTROL}
-    ids, cutting = {token: i for i, token in enumerate(tokens)}, CUTTINGS["gpt-2"]._replace(**more)
-    built: dict[str, Any] = json.loads(byte_level_json(ids, kinds, None, pairs, cutting))
+    special = {"<|end|>": Kind.CONTROL, "<think>": Kind.USER_DEFINED, "<|turn|>": Kind.CONTROL}
+    kinds = [special.get(token, Kind.NORMAL) for token in tokens]
+    step = CUTTINGS["gpt-2"]["pre_tokenizers"][0]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": pairs} | more
+    before = {"type": "Sequence", "pretokenizers": [step]}
+    built: dict[str, Any] = json.loads(tokenizer_json(tokens, kinds, None, model, pre_tokenizer=before, decoder=step))
     return built
 
 
@@ -118,27 +122,21 @@ def test_a_text_that_begins_with_the_sign_of_a_space_has_its_dummy_prefix() -> N
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gemma", "llama", "bytes"])
-def test_gguf_keeps_how_a_text_is_cut(kind: str, tmp_path: Path) -> None:
+def test_gguf_keeps_how_a_text_is_cut(kind: str) -> None:
     ours, texts = MAKERS[kind](), [*TEXTS, *sources()]
-    write_tokenizer(ours, tmp_path)
-    for tokenizer in (ours, load_tokenizer(tmp_path)):
-        metadata = gguf_metadata(tokenizer, tokenizer.vocab_size + 3)
-        back = from_gguf(metadata, "back")
-        assert back.encode_batch(texts) == ours.encode_batch(texts)
-        assert (back.bos_ids, back.end_ids, back.pad_id, back.chat_template) == (
-            ours.bos_ids, ours.end_ids, ours.pad_id, ours.chat_template,
-        )  # fmt: skip
-        assert (back.vocab_size, back.token_bytes[: ours.vocab_size]) == (ours.vocab_size + 3, ours.token_bytes)
-        tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-        assert not [token for token, kind in zip(tokens, types, strict=True) if kind == 4 and SPACE in token]
+    back = from_gguf(made_gguf.tokenizer_settings(ours, ours.vocab_size + 3), "back")
+    assert back.encode_batch(texts) == ours.encode_batch(texts)
+    assert (back.bos_ids, back.end_ids, back.pad_id, back.chat_template) == (
+        ours.bos_ids, ours.end_ids, ours.pad_id, ours.chat_template,
+    )  # fmt: skip
+    assert (back.vocab_size, back.token_bytes[: ours.vocab_size]) == (ours.vocab_size + 3, ours.token_bytes)
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_gguf_names_how_bytes_are_cut(pre: str) -> None:
     text = "I'll in 1212  the\n\n\nab"
-    metadata = gguf_metadata(_json(_byte_level()), 280) | {"tokenizer.ggml.pre": pre}
+    metadata = made_gguf.tokenizer_settings(_json(_byte_level()), 280, pre)
     ours = from_gguf(metadata, "t")
-    assert gguf_metadata(ours, 280)["tokenizer.ggml.pre"] == pre
     del metadata["tokenizer.ggml.add_bos_token"]
     implied = from_gguf(metadata | {"tokenizer.ggml.bos_token_id": 2}, "t").bos_ids
     assert implied == ([2] if pre == "llama-bpe" else [])
@@ -146,25 +144,6 @@ def test_gguf_names_how_bytes_are_cut(pre: str) -> None:
     cut |= {"llama-bpe": ["Ġ", "12", "1", "2"], "qwen2": ["Ġ", "1", "2", "1", "2"]}
     pieces = [piece for piece, _, _ in ours.rows(text)]
     assert pieces[pieces.index("in") + 1 :][: len(cut[pre])] == cut[pre]
-
-
-def test_gguf_refuses_what_it_cannot_say(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    unsaid = [MAKERS["unigram"](), _json(_byte_level(normalizer={"type": "Lowercase"}))]
-    built = _byte_level()
-    built["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "WhitespaceSplit"})
-    lazy = from_gguf(gguf_metadata(_json(_byte_level()), 280) | {"tokenizer.ggml.pre": "llama-bpe"}, "t")
-    assert isinstance(lazy, JsonTokenizer)
-    merging = lazy.parsed()
-    merging["model"]["ignore_merges"] = False
-    write_tokenizer(MAKERS["gemma"](), tmp_path)
-    lower = json.loads((tmp_path / "tokenizer.json").read_bytes())
-    lower["normalizer"]["normalizers"].append({"type": "Lowercase"})
-    for tokenizer in (*unsaid, _json(built), _json(merging), _json(lower, eos_token="</s>")):
-        with pytest.raises(ConfigError, match="GGUF has no name for how it cuts a text; use --to hf"):
-            gguf_metadata(tokenizer, tokenizer.vocab_size)
-    many = _json(_byte_level(), end_tokens=["<|turn|>", "<think>", "a"])
-    assert from_gguf(gguf_metadata(many, many.vocab_size), "t").end_ids == many.end_ids[:3]
-    assert "GGUF keeps 3 of 4 tokens that end a text" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["prefix", "digit"])
@@ -318,8 +297,8 @@ def test_a_damaged_file_ends_in_one_line(what: str, tmp_path: Path) -> None:
     raw = json.dumps(built).encode()
     settings: dict[str, Any] = {"eos_token": {"content": "<|end|>"}, "pad_token": None, "add_bos_token": False}
     settings["chat_template"] = [{"name": "default", "template": "x"}]
-    described = gguf_metadata(_json(built), 300)
-    pieces = gguf_metadata(train_tokenizer(sources(), TokenizerConfig(vocab_size=400)), 400)
+    described = made_gguf.tokenizer_settings(_json(built), 300)
+    pieces = made_gguf.tokenizer_settings(train_tokenizer(sources(), TokenizerConfig(vocab_size=400)), 400)
     (tmp_path / "tokenizer.json").write_bytes(raw)
     kinds = {"ok": 0, "refused": 0}
     for _ in range(500):
@@ -344,7 +323,7 @@ def test_a_damaged_file_ends_in_one_line(what: str, tmp_path: Path) -> None:
 
 
 def test_gguf_names_what_is_not_implemented() -> None:
-    metadata = gguf_metadata(_json(_byte_level()), 280)
+    metadata = made_gguf.tokenizer_settings(_json(_byte_level()), 280)
     for key, value, message in (
         ("pre", "tekken", r"tokenizer\.ggml\.pre 'tekken' is not implemented; gpt-2, smollm, llama-bpe, qwen2 are"),
         ("model", "t5", r"tokenizer\.ggml\.model 't5' is not implemented; gpt2 and llama are"),
