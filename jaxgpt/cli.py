@@ -291,8 +291,6 @@ VERBS: dict[str, Any] = {  # a class of options, or a function of the words behi
     "data prepare": prepare,
     "bench kernels": bench.Kernels,
     "bench train": bench.Train,
-    "bench prefill": bench.Prefill,
-    "bench decode": bench.Decode,
     "bench generate": bench.Generate,
     "bench compile": bench.Compile,
 }

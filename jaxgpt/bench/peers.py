@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.bench.programs import random_batch, request_mix
+from jaxgpt.bench.programs import random_batch, workloads
 from jaxgpt.bench.report import Contender
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import ConfigError
@@ -90,31 +90,28 @@ def torch_training(config: TrainConfig) -> Iterator[Contender]:
         yield Contender(f"train {config.name}", name, step, {"tokens": batch.tokens.size})
 
 
-def transformers_generation(source: Path, scratch: Path) -> Iterator[Contender]:
-    """One text and the mix of requests, in static batches, by `generate` in float32."""
+def transformers_generation(source: Path, scratch: Path, config: ModelConfig) -> Iterator[Contender]:
+    """The workloads in static batches, by `generate` in float32."""
     convert(source, scratch / "model", "hf", "float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32).eval()
-    prompts, news = request_mix()
-    prompts = [[token % model.config.vocab_size for token in prompt] for prompt in prompts]
     model.generation_config.eos_token_id = None
 
-    def generate(rows: list[list[int]], count: int) -> list[list[int]]:
-        longest = max(map(len, rows))
-        ids, mask = torch.zeros((2, len(rows), longest), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), 1
-        options: Any = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    def batch(prompts: list[list[int]], news: list[int]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids, mask = torch.zeros((2, len(prompts), longest), dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = torch.tensor(prompt), 1
+        options: Any = dict(max_new_tokens=max(news), min_new_tokens=max(news), do_sample=False, pad_token_id=0)
         with torch.no_grad():
-            return model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+            rows = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+        return [row[:new] for row, new in zip(rows, news, strict=True)]
 
-    def mixed(size: int) -> list[list[int]]:
-        found = []
-        for i in range(0, len(prompts), size):
-            rows = generate(prompts[i : i + size], max(news[i : i + size]))
-            found += [row[:new] for row, new in zip(rows, news[i : i + size], strict=True)]
-        return found
+    def batches(prompts: list[list[int]], news: list[int], size: int) -> list[list[int]]:
+        starts = range(0, len(prompts), size)
+        return [text for i in starts for text in batch(prompts[i : i + size], news[i : i + size])]
 
-    yield Contender("decode 1 text", "transformers", lambda: generate([prompts[0][:16]], 128), {"tokens": 128})
-    for size in (8, 32):
-        name = f"transformers, by {size}"
-        yield Contender("generate 32 requests", name, functools.partial(mixed, size), {"tokens": sum(news)})
+    for name, (prompts, news) in workloads(config).items():
+        tokens = len(prompts[0]) if name.startswith("prefill") else sum(news)
+        for size in sorted({min(8, len(prompts)), len(prompts)}):
+            call = functools.partial(batches, prompts, news, size)
+            yield Contender(name, f"transformers, by {size}", call, {"tokens": tokens})

@@ -3,6 +3,7 @@
 Letters: B batch, T length."""
 
 import dataclasses
+import functools
 import re
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from jax.profiler import ProfileData
 from jaxgpt.bench.report import Contender, Row
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.generation.engine import Engine, for_decoding
+from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.roofline import forward_flops_per_token, measured_bandwidth, peak_flops
 from jaxgpt.run import TrainedModel
@@ -51,20 +52,19 @@ def training_steps(config: TrainConfig, profile: Path | None = None) -> Iterator
     if memory := step.memory_analysis():
         figures["memory_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
     if peak := peak_flops(mesh):
-        figures["mfu_of"] = peak / (3 * forward_flops_per_token(config.model))  # tokens a second
+        figures["mfu_s"] = 3 * forward_flops_per_token(config.model) * batch.tokens.size / peak
     metrics: Any = None
 
     def alone() -> Any:
-        nonlocal state
-        state, found = step(state, placed)
-        return found
+        nonlocal state, metrics
+        state, metrics = step(state, placed)
+        return metrics
 
     def in_the_loop() -> Any:
         nonlocal state, metrics
-        state, found = step(state, place_batch(batch))
-        jax.device_get(metrics)
-        metrics = found
-        return found
+        before = metrics
+        state, metrics = step(state, place_batch(batch))
+        return jax.device_get(before)
 
     if profile:
         profiled(alone, step, profile)
@@ -83,56 +83,40 @@ def compilations(config: TrainConfig) -> Iterator[Contender]:
         yield Contender(f"compile {config.name}", f"{layers} layers", call, {})
 
 
-def request_mix() -> tuple[list[list[int]], list[int]]:
-    """32 prompts of 16 to 256 random tokens, and 16 to 128 new tokens for each."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(1000, 40_000, int(size)).tolist() for size in rng.integers(16, 257, 32)]
-    return prompts, rng.integers(16, 129, 32).tolist()
+def workloads(config: ModelConfig) -> dict[str, tuple[list[list[int]], list[int]]]:
+    """Prompts of random tokens, and how many new tokens each gets: a prompt of half the context; one text, and eight at
+    once; a mix of prompts of 16 to 256 tokens that get 16 to 128. Half of a short context bounds them all."""
+    half, rng = config.context_length // 2, np.random.default_rng(0)
+    sizes, news = (rng.integers(min(16, half), min(most, half) + 1, 32).tolist() for most in (256, 128))
+    long, *prompts = (rng.integers(0, config.vocab_size or 0, n).tolist() for n in (min(1024, half), *sizes))
+    start, new = prompts[0][:16], min(128, half)
+    return {
+        f"prefill {len(long)} tokens": ([long], [1]),
+        "decode 1 text": ([start], [new]),
+        "decode 8 texts": ([start] * 8, [new] * 8),
+        "generate 32 requests": (prompts, news),
+    }
 
 
-def generations(trained: TrainedModel, what: str) -> Iterator[Contender]:
-    """`decode`: 128 new tokens for one text, and for eight at once. `prefill`: one prompt of half the context, up to
-    1024 tokens. `generate`: one text, then the mix of requests. Greedy, of random tokens."""
-    vocabulary, config = trained.tokenizer.vocab_size, trained.model.config
-    prompts, news = request_mix()
-    prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
-    start, long = prompts[0][:16], [i % vocabulary for i in range(min(1024, config.context_length // 2))]
-    if what == "prefill":
-        peak = peak_flops(jax.sharding.get_mesh())
-        figures: Row = {"tokens": len(long)} | ({"mfu_of": peak / forward_flops_per_token(config)} if peak else {})
-        return (yield _generation(trained, f"prefill {len(long)} tokens", 1, [long], [1], figures))
-    bytes_per_pass = sum(leaf.nbytes for leaf in jax.tree.leaves(for_decoding(trained.model)))
-    figures = {"tokens": 128, "mbu_of": measured_bandwidth() / bytes_per_pass}
-    yield _generation(trained, "decode 1 text", 1, [start], [128], figures)
-    if what == "decode":
-        figures = {"tokens": 8 * 128, "mbu_of": 8 * measured_bandwidth() / bytes_per_pass}
-        yield _generation(trained, "decode 8 texts", 8, [start] * 8, [128] * 8, figures)
-    else:
-        yield _generation(trained, "generate 32 requests", 8, prompts, news, {"tokens": sum(news)})
+def generations(trained: TrainedModel) -> Iterator[Contender]:
+    """The workloads, greedy, up to 8 texts at a time."""
+    config = trained.model.config
+    pass_seconds = sum(leaf.nbytes for leaf in jax.tree.leaves(trained.model)) / measured_bandwidth()
+    for name, (prompts, news) in workloads(config).items():
+        figures: Row = {"tokens": sum(news)}
+        if name.startswith("decode"):
+            figures["mbu_s"] = news[0] * pass_seconds
+        elif name.startswith("prefill"):
+            figures["tokens"] = len(prompts[0])
+            if peak := peak_flops(jax.sharding.get_mesh()):
+                figures["mfu_s"] = len(prompts[0]) * forward_flops_per_token(config) / peak
+        yield Contender(name, "jaxgpt", functools.partial(_generate, trained, prompts, news), figures)
 
 
-def _generation(
-    trained: TrainedModel, name: str, slots: int, prompts: list[list[int]], news: list[int], figures: Row
-) -> Contender:
-    model = for_decoding(trained.model)
+def _generate(trained: TrainedModel, prompts: list[list[int]], news: list[int]) -> list[list[int]]:
     settings = [SamplingParams(new, temperature=0, ignore_eos=True) for new in news]
-
-    def call() -> list[list[int]]:  # with an engine that has no keys of the prompts yet
-        engine = Engine(model, trained.tokenizer, slots=slots)
-        return [completion.token_ids for completion in engine.generate(prompts, settings)]
-
-    return Contender(name, "jaxgpt", call, figures)
-
-
-def with_speeds(rows: list[Row]) -> list[Row]:
-    """Tokens a second, and their share of what the device could do."""
-    for row in rows:
-        if "ms" in row:
-            row["tokens_per_second"] = row["tokens"] / row["ms"] * 1e3
-            row |= {
-                share: row["tokens_per_second"] / row[f"{share}_of"] for share in ("mfu", "mbu") if f"{share}_of" in row
-            }
-    return rows
+    engine = Engine(trained.model, trained.tokenizer, slots=min(8, len(prompts)))  # has no keys of the prompts yet
+    return [completion.token_ids for completion in engine.generate(prompts, settings)]
 
 
 def profiled(call: Callable[[], Any], compiled: jax.stages.Compiled, directory: Path) -> None:

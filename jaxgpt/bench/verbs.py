@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import jax
 from tyro.conf import Positional
@@ -33,15 +33,13 @@ class Kernels(Output):
     compile_for: tuple[str, ...] = ()
 
     def run(self) -> None:
-        from jaxgpt.bench.kernels import compiled_for, contenders, limits, with_roofline
+        from jaxgpt.bench.kernels import contenders, limits
         from jaxgpt.bench.operations import parse_sizes
 
-        sizes = parse_sizes(self.shapes)
-        if self.compile_for:
-            return self.show("kernels", list(compiled_for(self.compile_for, self.op, sizes, self.dtype)), {})
-        measured = limits(self.dtype)
-        rows = measure(contenders(self.op, sizes, self.dtype), self.rounds)
-        self.show("kernels", with_roofline(rows, measured), measured)
+        sizes, rows = parse_sizes(self.shapes), list[Row]()
+        for target in self.compile_for or ("",):
+            rows += measure(contenders(self.op, sizes, self.dtype, target), self.rounds)
+        self.show("kernels", rows, {} if self.compile_for else limits(self.dtype))
 
 
 @contextmanager
@@ -68,7 +66,7 @@ class Train(Output):
     profile: Path | None = None  # Directory for a trace of three steps; its longest operations are listed.
 
     def run(self) -> None:
-        from jaxgpt.bench.programs import training_steps, with_speeds
+        from jaxgpt.bench.programs import training_steps
 
         rows: list[Row] = []
         for name in self.configs:
@@ -78,7 +76,7 @@ class Train(Output):
                     from jaxgpt.bench.peers import torch_training
 
                     contenders += torch_training(config)
-                rows += with_speeds(measure(contenders, self.rounds))
+                rows += measure(contenders, self.rounds)
         self.show("train", rows, {})
 
 
@@ -97,47 +95,25 @@ class Compile(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode(Output):
-    """Time 128 new tokens for one text, and for eight at once."""
+class Generate(Output):
+    """Time generation: a long prompt, one text, eight at once, and 32 requests of mixed lengths."""
 
-    what: ClassVar[str] = "decode"
     model: Positional[Path]  # Run directory, directory of a Hugging Face model, or .gguf file.
+    against: Literal["none", "transformers"] = "none"  # Also time transformers, in turn, in static batches.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))  # Devices to spread the model over.
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:
-        from jaxgpt.bench.programs import generations, with_speeds
+        from jaxgpt.bench.programs import generations
         from jaxgpt.interop.load import load_model
 
-        with (
-            jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])),
-            tempfile.TemporaryDirectory() as scratch,
-        ):
-            contenders = list(generations(load_model(self.model, dtype=self.dtype), self.what))
-            contenders += self.peers(Path(scratch))
-            self.show(self.what, with_speeds(measure(contenders, self.rounds)), {})
+        mesh = make_mesh(self.mesh, jax.devices()[: self.mesh.size])
+        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+            trained = load_model(self.model, dtype=self.dtype)
+            contenders = list(generations(trained))
+            if self.against == "transformers":
+                from jaxgpt.bench.peers import transformers_generation
 
-    def peers(self, scratch: Path) -> Any:
-        return ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prefill(Decode):
-    """Time a long prompt."""
-
-    what: ClassVar[str] = "prefill"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate(Decode):
-    """Time one text and 32 requests of mixed lengths."""
-
-    what: ClassVar[str] = "generate"
-    against: Literal["none", "transformers"] = "none"  # Also time transformers, in turn, in static batches.
-
-    def peers(self, scratch: Path) -> Any:
-        if self.against == "none":
-            return ()
-        from jaxgpt.bench.peers import transformers_generation
-
-        return transformers_generation(self.model, scratch)
+                contenders += transformers_generation(self.model, Path(scratch), trained.config)
+                contenders.sort(key=lambda contender: contender.name)  # what is compared takes turns
+            self.show("generate", measure(contenders, self.rounds), {})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.bench import programs
-from jaxgpt.bench.programs import compilations, generations, random_batch, training_steps, with_speeds
+from jaxgpt.bench.programs import compilations, generations, random_batch, training_steps, workloads
 from jaxgpt.bench.report import measure
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
@@ -25,18 +25,19 @@ CONFIG = TrainConfig(name="small", model=MODEL, training=TrainingConfig(batch_si
 
 def test_the_step_is_timed_alone_and_in_the_loop(mesh_of: Callable[..., Any]) -> None:
     with mesh_of():
-        alone, looped = with_speeds(measure(training_steps(CONFIG), rounds=3))
+        alone, looped = measure(training_steps(CONFIG), rounds=3)
     assert alone["tokens"] == looped["tokens"] == 4 * 32
     assert alone["tokens_per_second"] == pytest.approx(128e3 / alone["ms"])
     assert alone["memory_mib"] > 0.1 and alone["compile_s"] > 0
 
 
-def test_mfu_stays_below_one(mesh_of: Callable[..., Any]) -> None:
-    """Of a model that is one large product, which the device does about as fast as it can."""
+def test_mfu_is_about_one_at_most(mesh_of: Callable[..., Any]) -> None:
+    """Of a model that is one large product, which the device does about as fast as it can; what it can was measured at
+    another moment."""
     model = dataclasses.replace(MODEL, n_layers=1, d_model=512, context_length=256, vocab_size=4096)
     with mesh_of():
-        alone, _ = with_speeds(measure(training_steps(dataclasses.replace(CONFIG, model=model)), rounds=2))
-    assert 0.05 < alone["mfu"] < 1
+        alone, _ = measure(training_steps(dataclasses.replace(CONFIG, model=model)), rounds=2)
+    assert 0.05 < alone["mfu"] < 1.5
 
 
 def test_a_trace_names_operations_by_their_source(
@@ -58,24 +59,27 @@ def test_compilation_is_that_of_both_depths(mesh_of: Callable[..., Any]) -> None
     assert four["ms"] > 100 and more["ratio"] > 1 / 4  # all layers are one loop
 
 
-@pytest.mark.parametrize(
-    ("what", "names"),
-    [
-        ("decode", ["decode 1 text", "decode 8 texts"]),
-        ("prefill", ["prefill 256 tokens"]),
-        ("generate", ["decode 1 text", "generate 32 requests"]),
-    ],
-)
 @pytest.mark.slow
-def test_generation_is_timed_with_the_engine(what: str, names: list[str], tiny_trained: Any) -> None:
-    found = list(generations(tiny_trained, what))
-    assert [c.name for c in found] == names
+def test_generation_is_timed_with_the_engine(tiny_trained: Any) -> None:
+    found = list(generations(tiny_trained))
+    assert [c.name for c in found] == [
+        "prefill 256 tokens", "decode 1 text", "decode 8 texts", "generate 32 requests",
+    ]  # fmt: skip
     for contender in found:
         assert contender.call
         texts = contender.call()
-        tokens = 1 if what == "prefill" else contender.figures["tokens"]
+        tokens = 1 if contender.name.startswith("prefill") else contender.figures["tokens"]
         assert sum(map(len, texts)) == tokens
         assert texts == contender.call(), "a second call finds the keys of the first one"
+
+
+@pytest.mark.parametrize("context_length", [2, 16, 256, 8192])
+def test_the_texts_fit_into_any_context(context_length: int) -> None:
+    found = workloads(dataclasses.replace(MODEL, context_length=context_length))
+    assert len(found) == 4 and found == workloads(dataclasses.replace(MODEL, context_length=context_length))
+    for prompts, news in found.values():
+        assert all(len(prompt) + new <= context_length for prompt, new in zip(prompts, news, strict=True))
+        assert all(0 <= token < 61 for prompt in prompts for token in prompt)
 
 
 @pytest.fixture
