@@ -7,8 +7,9 @@ of the memory, reached on this device."""
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,33 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxgpt.bench.operations import OPERATIONS, Function, Operation, Sizes
-from jaxgpt.bench.report import Contender, Row, first_line
+from jaxgpt.bench.operations import OPERATIONS, Function, Operation, Sizes, parse_sizes
+from jaxgpt.bench.report import Contender, Output, Row, first_line, measure
 from jaxgpt.errors import ConfigError
 from jaxgpt.roofline import measured_bandwidth, measured_flops
 
 _BEYOND_CACHES = 2**27  # bytes of inputs that take turns, so that they come from the memory
 _REFUSALS = (ValueError, NotImplementedError, RuntimeError)  # by an implementation that has not all that is asked for
+Name = Literal["attention", "decode", "loss", "norm", "rope", "mlp", "moe", "optimizer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels(Output):
+    """Time the operations of a transformer in every implementation, with their errors and the roofline."""
+
+    op: tuple[Name, ...] = ()  # Operations. Default: all.
+    # small, gpt2 or llama3, and changes, such as gpt2,B=8,T=512: B rows, T tokens, D width, H heads, G key/value heads,
+    # K head width, F feed-forward width, V vocabulary, E experts, M experts of a token.
+    shapes: str = "small"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of the inputs.
+    # Devices that are not here, such as v5e:2x2 or h100:1: nothing is timed, but compiled for them.
+    compile_for: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        sizes, rows = parse_sizes(self.shapes), list[Row]()
+        for target in self.compile_for or ("",):
+            rows += measure(contenders(self.op or tuple(OPERATIONS), sizes, self.dtype, target), self.rounds)
+        self.show("kernels", rows, {} if self.compile_for else limits(self.dtype))
 
 
 def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "") -> Iterator[Contender]:

@@ -5,24 +5,30 @@ Letters: B batch, T length."""
 import dataclasses
 import functools
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.profiler import ProfileData
+from tyro.conf import Positional
 
-from jaxgpt.bench.report import Contender, Row
-from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
+from jaxgpt.bench.report import Contender, Output, Row, measure
+from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.interop.load import Dtype, load_model
+from jaxgpt.presets import load_preset
 from jaxgpt.roofline import forward_flops_per_token, measured_bandwidth, peak_flops
 from jaxgpt.run import TrainedModel
-from jaxgpt.sharding import place_batch
+from jaxgpt.sharding import check_divides, make_mesh, place_batch
 from jaxgpt.training.step import TrainState, init_state, make_train_step
 
 _S = ModelConfig(n_layers=6, d_model=384, n_heads=6, context_length=256, vocab_size=512, scan_layers=False)
@@ -31,6 +37,74 @@ SIZES = {  # of the comparison with PyTorch
     "S": TrainConfig(name="S", model=_S, training=TrainingConfig(batch_size=16)),
     "M": TrainConfig(name="M", model=_M, training=TrainingConfig(batch_size=4)),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Output):
+    """Time the training step: tokens a second, MFU, memory, time to compile, what the loop around it costs."""
+
+    # Presets. S: 6 layers of width 384, 16 x 256 tokens, vocabulary 512. M: 4 layers of width 768, 4 x 512 tokens,
+    # vocabulary 50304.
+    configs: Positional[tuple[str, ...]] = ("S", "M")
+    against: Literal["none", "torch"] = "none"  # Also time PyTorch, eager and compiled, in turn.
+    profile: Path | None = None  # Directory for a trace of three steps; its longest operations are listed.
+
+    def run(self) -> None:
+        rows: list[Row] = []
+        for name in self.configs:
+            with _on_mesh(name) as config:
+                contenders = list(training_steps(config, self.profile and self.profile / config.name))
+                if self.against == "torch":
+                    from jaxgpt.bench.peers import torch_training
+
+                    contenders += torch_training(config)
+                rows += measure(contenders, self.rounds)
+        self.show("train", rows, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile(Output):
+    """Time the compilation of the training step, for 4 and for 24 layers."""
+
+    config: Positional[str] = "S"  # Preset, S or M.
+    rounds: int = 3  # Times that each is compiled; the median counts.
+
+    def run(self) -> None:
+        with _on_mesh(self.config) as config:
+            self.show("compile", measure(compilations(config), self.rounds), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Output):
+    """Time generation: a long prompt, one text, eight at once, and 32 requests of mixed lengths."""
+
+    model: Positional[Path]  # Run directory, directory of a Hugging Face model, or .gguf file.
+    against: Literal["none", "transformers"] = "none"  # Also time transformers, in turn, in static batches.
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))  # Devices to spread the model over.
+    dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
+
+    def run(self) -> None:
+        mesh = make_mesh(self.mesh, jax.devices()[: self.mesh.size])
+        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+            trained = load_model(self.model, dtype=self.dtype)
+            contenders = list(generations(trained))
+            if self.against == "transformers":
+                from jaxgpt.bench.peers import transformers_generation
+
+                contenders += transformers_generation(self.model, Path(scratch), trained.config)
+                contenders.sort(key=lambda contender: contender.name)  # what is compared takes turns
+            self.show("generate", measure(contenders, self.rounds), {})
+
+
+@contextmanager
+def _on_mesh(name: str) -> Iterator[TrainConfig]:
+    """The configuration that is called S or M, or a preset with the vocabulary of its tokenizer, and its mesh set."""
+    config = SIZES.get(name) or load_preset(name)
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
+    config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh)
+    check_divides(mesh, model, config.training.batch_size // config.training.accumulation_steps)
+    with jax.set_mesh(mesh):
+        yield config
 
 
 def random_batch(config: TrainConfig) -> Batch:
@@ -64,7 +138,8 @@ def training_steps(config: TrainConfig, profile: Path | None = None) -> Iterator
         nonlocal state, metrics
         before = metrics
         state, metrics = step(state, place_batch(batch))
-        return jax.device_get(before)
+        jax.device_get(before)
+        return metrics
 
     if profile:
         profiled(alone, step, profile)
