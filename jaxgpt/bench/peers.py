@@ -1,6 +1,6 @@
 """What a user would take instead: PyTorch for training, transformers for generation. Needs the extra `parity`.
 
-Letters: B batch, T length, D width, H heads, V vocabulary."""
+Letters: B batch, T length."""
 
 import functools
 from collections.abc import Iterator
@@ -18,76 +18,50 @@ from jaxgpt.interop.convert import convert
 try:
     import torch
     import transformers
-    from torch import nn
     from torch.nn import functional
 except ImportError:
     raise ConfigError("--against needs PyTorch and transformers; run: pip install 'jaxgpt[parity]'") from None
 
 
-class _Block(nn.Module):
-    def __init__(self, D: int, H: int) -> None:
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = H, nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.output = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-    def forward(self, x_BTD: Any) -> Any:
-        B, T, D = x_BTD.shape
-        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x_BTD)).split(D, 2))
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
-        x_BTD = x_BTD + self.output(y)
-        return x_BTD + self.down(functional.gelu(self.up(self.norm2(x_BTD)), approximate="tanh"))
-
-
-class _Gpt(nn.Module):
-    """nanoGPT's mathematics."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        V, D = config.vocab_size or 0, config.d_model
-        self.tokens, self.places = nn.Embedding(V, D), nn.Embedding(config.context_length, D)
-        self.blocks = nn.ModuleList(_Block(D, config.n_heads) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(D)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, 0, 0.02)
-
-    def forward(self, tokens_BT: Any, labels_BT: Any) -> Any:
-        x_BTD = self.tokens(tokens_BT) + self.places(torch.arange(tokens_BT.shape[1]))
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        logits_BTV = self.norm(x_BTD) @ self.tokens.weight.T
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
+def gpt2(config: ModelConfig) -> Any:
+    """nanoGPT's mathematics, with fused attention. Raises ConfigError for a model that has others."""
+    plain = ModelConfig(
+        n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, vocab_size=config.vocab_size,
+        context_length=config.context_length, scan_layers=config.scan_layers, remat=config.remat,
+    )  # fmt: skip
+    if config != plain:
+        raise ConfigError("--against torch: this is not nanoGPT's model in float32; give S or M")
+    same = transformers.GPT2Config(
+        n_layer=config.n_layers, n_embd=config.d_model, n_head=config.n_heads, vocab_size=config.vocab_size or 0,
+        n_positions=config.context_length, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(same)
 
 
 def torch_training(config: TrainConfig) -> Iterator[Contender]:
-    """The step of `config`, eager and compiled, in PyTorch with fused AdamW. Raises ConfigError for another model."""
-    model = config.model
-    plain = ModelConfig(
-        n_layers=model.n_layers, d_model=model.d_model, n_heads=model.n_heads, vocab_size=model.vocab_size,
-        context_length=model.context_length, scan_layers=model.scan_layers, remat=model.remat,
-    )  # fmt: skip
-    if model != plain or config.training.accumulation_steps > 1:
-        raise ConfigError(f"--against torch: {config.name} is not nanoGPT's model; give S, M or configs/gpt2_124m.py")
+    """The step of `config`, eager and compiled, in PyTorch with fused AdamW, without accumulation."""
     batch, o = random_batch(config), config.optimizer
     tokens_BT, labels_BT = (torch.from_numpy(np.array(rows, np.int64)) for rows in (batch.tokens, batch.labels))
-    for name in ("torch eager", "torch compiled"):
-        torch.manual_seed(0)
-        network = _Gpt(model)
+
+    def step(loss: Any, network: Any, rule: Any) -> None:
+        rule.zero_grad(set_to_none=True)
+        found = loss(network)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), o.clip_norm)
+        rule.step()
+        found.item()
+
+    def loss(network: Any) -> Any:
+        return functional.cross_entropy(network(tokens_BT).logits.flatten(0, 1), labels_BT.flatten())
+
+    for name, kind in {"torch eager": loss, "torch compiled": torch.compile(loss)}.items():
+        network = gpt2(config.model)
         rule = torch.optim.AdamW(
             network.parameters(), lr=o.peak_lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
         )
-        run = torch.compile(network) if name == "torch compiled" else network
-
-        def step(network: Any = network, rule: Any = rule, run: Any = run) -> None:
-            rule.zero_grad(set_to_none=True)
-            loss = run(tokens_BT, labels_BT)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), o.clip_norm)
-            rule.step()
-            loss.item()
-
-        yield Contender(f"train {config.name}", name, step, {"tokens": batch.tokens.size})
+        call = functools.partial(step, kind, network, rule)
+        yield Contender(f"train {config.name}", name, call, {"tokens": batch.tokens.size})
 
 
 def transformers_generation(source: Path, scratch: Path, config: ModelConfig) -> Iterator[Contender]:

@@ -118,20 +118,19 @@ def test_the_torch_peer_computes_the_same_loss(mesh_of: Callable[..., Any]) -> N
         model = Transformer(MODEL, jax.random.key(0))
         placed = place_batch(batch)
         ours = float(batch_loss(model, placed, placed.labels * 0 + 1 / placed.labels.size, loss_options(CONFIG))[0])
-    peer, flat = peers._Gpt(MODEL), lambda p: torch.from_numpy(np.array(p[...]).reshape(p.shape[0], -1))
+    peer, flat = peers.gpt2(MODEL), lambda p: torch.from_numpy(np.array(p[...]).reshape(p.shape[0], -1))
     with torch.no_grad():
-        peer.tokens.weight.copy_(torch.from_numpy(np.array(model.token_embedding[...])[:61]))
-        peer.places.weight.copy_(torch.from_numpy(np.array(model.position_embedding[...])))  # type: ignore[index]
-        for block, layer in zip(peer.blocks, model.unstacked().layers, strict=True):  # type: ignore[arg-type]
+        peer.transformer.wte.weight.copy_(torch.from_numpy(np.array(model.token_embedding[...])[:61]))
+        peer.transformer.wpe.weight.copy_(torch.from_numpy(np.array(model.position_embedding[...])))  # type: ignore[index]
+        for block, layer in zip(peer.transformer.h, model.unstacked().layers, strict=True):  # type: ignore[arg-type]
             parts = [flat(p.kernel) for p in (layer.attention.query, layer.attention.key, layer.attention.value)]
-            block.qkv.weight.copy_(torch.cat(parts, 1).T)
-            block.output.weight.copy_(torch.from_numpy(np.array(layer.attention.output.kernel[...])).flatten(0, 1).T)
-            block.up.weight.copy_(flat(layer.mlp.up.kernel).T)
-            block.down.weight.copy_(flat(layer.mlp.down.kernel).T)
-            for linear in (block.qkv, block.output, block.up, block.down):
-                linear.bias.zero_()
+            block.attn.c_attn.weight.copy_(torch.cat(parts, 1))
+            block.attn.c_proj.weight.copy_(torch.from_numpy(np.array(layer.attention.output.kernel[...])).flatten(0, 1))
+            block.mlp.c_fc.weight.copy_(flat(layer.mlp.up.kernel))
+            block.mlp.c_proj.weight.copy_(flat(layer.mlp.down.kernel))
         tokens, labels = (torch.from_numpy(np.array(rows, np.int64)) for rows in (batch.tokens, batch.labels))
-        assert float(peer(tokens, labels)) == pytest.approx(ours, abs=1e-4)
+        loss = torch.nn.functional.cross_entropy(peer(tokens).logits.flatten(0, 1), labels.flatten())
+        assert float(loss) == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.parity
@@ -139,7 +138,7 @@ def test_torch_is_compared_with_its_own_model_only() -> None:
     from jaxgpt.bench.peers import torch_training
 
     rotary = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, positions="rotary"))
-    with pytest.raises(ConfigError, match="small is not nanoGPT's model"):
+    with pytest.raises(ConfigError, match="this is not nanoGPT's model"):
         list(torch_training(rotary))
     names = [c.implementation for c in torch_training(CONFIG)]
     assert names == ["torch eager", "torch compiled"]
