@@ -166,14 +166,12 @@ def _mlp(s: Sizes, platform: str) -> Operation:
         up_DF, gate_DF, down_FD = (p.kernel[...] for p in (mlp.up, mlp.gate, mlp.down))
         return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
-    inputs = _normal(s.B, s.T, s.D), _block(s).mlp
-    flops = 6 * s.B * s.T * s.D * s.F
+    inputs, flops = (_normal(s.B, s.T, s.D), _block(s).mlp), 6 * s.B * s.T * s.D * s.F
     return Operation("BTDF", inputs, (0, 1), flops, oracle, {"jaxgpt": lambda x, mlp: mlp(x)[0]})
 
 
 def _moe(s: Sizes, platform: str) -> Operation:
-    shape, rng = (s.B, s.T, s.M), np.random.default_rng(0)
-    experts_BTM = rng.random((s.B, s.T, s.E)).argsort(-1)[..., : s.M].astype(np.int32)
+    experts_BTM = np.random.default_rng(0).random((s.B, s.T, s.E)).argsort(-1)[..., : s.M].astype(np.int32)
 
     def every_expert(x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple) -> Array:
         gate_EDF, up_EDF, down_EFD = matrices
@@ -187,7 +185,7 @@ def _moe(s: Sizes, platform: str) -> Operation:
     matrices = up[::-1], up, _normal(s.E, s.F, s.D, std=s.F**-0.5)
     ragged = functools.partial(mixture, activate=jax.nn.silu)
     implementations: dict[str, Function | str] = {"ragged products": ragged, "every expert": every_expert}
-    inputs = _normal(s.B, s.T, s.D), np.full(shape, 1 / s.M, np.float32), experts_BTM, matrices
+    inputs = _normal(s.B, s.T, s.D), np.full(experts_BTM.shape, 1 / s.M, np.float32), experts_BTM, matrices
     return Operation("BTDFEM", inputs, (0, 3), 6 * s.B * s.T * s.M * s.D * s.F, every_expert, implementations)
 
 

@@ -4,11 +4,9 @@ Letters: B batch, T length."""
 
 import dataclasses
 import functools
-import re
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +14,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.profiler import ProfileData
 from tyro.conf import Positional
 
 from jaxgpt.bench.report import Contender, Output, Row, measure
 from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
+from jaxgpt.errors import note
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.interop.load import Dtype, load_model
@@ -41,19 +39,19 @@ SIZES = {  # of the comparison with PyTorch
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Output):
-    """Time the training step: tokens a second, MFU, memory, time to compile, what the loop around it costs."""
+    """Time the training step: tokens a second, MFU, memory and time to compile."""
 
     # Presets. S: 6 layers of width 384, 16 x 256 tokens, vocabulary 512. M: 4 layers of width 768, 4 x 512 tokens,
     # vocabulary 50304.
     configs: Positional[tuple[str, ...]] = ("S", "M")
     against: Literal["none", "torch"] = "none"  # Also time PyTorch, eager and compiled, in turn.
-    profile: Path | None = None  # Directory for a trace of three steps; its longest operations are listed.
+    profile: Path | None = None  # Directory for a trace of three steps.
 
     def run(self) -> None:
         rows: list[Row] = []
         for name in self.configs:
             with _on_mesh(name) as config:
-                contenders = list(training_steps(config, self.profile and self.profile / config.name))
+                contenders = [training_step(config, self.profile and self.profile / config.name)]
                 if self.against == "torch":
                     from jaxgpt.bench.peers import torch_training
 
@@ -84,8 +82,8 @@ class Generate(Output):
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:
-        mesh = make_mesh(self.mesh, jax.devices()[: self.mesh.size])
-        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+        devices = jax.devices()[: self.mesh.size]
+        with jax.set_mesh(make_mesh(self.mesh, devices)), tempfile.TemporaryDirectory() as scratch:
             trained = load_model(self.model, dtype=self.dtype)
             contenders = list(generations(trained))
             if self.against == "transformers":
@@ -115,37 +113,29 @@ def random_batch(config: TrainConfig) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, T), np.int32), positions)
 
 
-def training_steps(config: TrainConfig, profile: Path | None = None) -> Iterator[Contender]:
-    """The compiled step alone, and with what the loop does around it: placing a batch, reading the metrics before. With
-    `profile`, first a trace of the step into that directory."""
-    batch, mesh = random_batch(config), jax.sharding.get_mesh()
+def training_step(config: TrainConfig, profile: Path | None = None) -> Contender:
+    """The compiled step. With `profile`, first a trace of three into that directory."""
+    batch = random_batch(config)
     state: TrainState = jax.jit(init_state, static_argnums=0)(config)
     placed, began = place_batch(batch), time.perf_counter()
     step = make_train_step(config).lower(state, placed).compile()
     figures: Row = {"compile_s": time.perf_counter() - began, "tokens": batch.tokens.size}
-    if memory := step.memory_analysis():
-        figures["memory_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    if peak := peak_flops(mesh):
+    memory: Any = step.memory_analysis()
+    figures["memory_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    if peak := peak_flops(jax.sharding.get_mesh()):
         figures["mfu_s"] = 3 * forward_flops_per_token(config.model) * batch.tokens.size / peak
-    metrics: Any = None
 
-    def alone() -> Any:
-        nonlocal state, metrics
+    def call() -> Any:
+        nonlocal state
         state, metrics = step(state, placed)
         return metrics
 
-    def in_the_loop() -> Any:
-        nonlocal state, metrics
-        before = metrics
-        state, metrics = step(state, place_batch(batch))
-        jax.device_get(before)
-        return metrics
-
     if profile:
-        profiled(alone, step, profile)
-    name = f"train {config.name}"
-    yield Contender(name, "jaxgpt", alone, figures)
-    yield Contender(name, "with the loop", in_the_loop, {"tokens": batch.tokens.size})
+        with jax.profiler.trace(profile):
+            for _ in range(3):
+                jax.block_until_ready(call())
+        note(f"three steps are traced into {profile}; show them with xprof or ui.perfetto.dev")
+    return Contender(f"train {config.name}", "jaxgpt", call, figures)
 
 
 def compilations(config: TrainConfig) -> Iterator[Contender]:
@@ -192,23 +182,3 @@ def _generate(trained: TrainedModel, prompts: list[list[int]], news: list[int]) 
     settings = [SamplingParams(new, temperature=0, ignore_eos=True) for new in news]
     engine = Engine(trained.model, trained.tokenizer, slots=min(8, len(prompts)))  # has no keys of the prompts yet
     return [completion.token_ids for completion in engine.generate(prompts, settings)]
-
-
-def profiled(call: Callable[[], Any], compiled: jax.stages.Compiled, directory: Path) -> None:
-    """Trace three calls of a compiled program into `directory`, and print what took most of the device's time (of all
-    threads, on a CPU), by the names that the program's source gives."""
-    with jax.profiler.trace(directory):
-        for _ in range(3):
-            jax.block_until_ready(call())
-    text = compiled.as_text() or ""
-    sources = dict(re.findall(r'%([\w.-]+) = .*? metadata={[^}]*op_name="(?:jit\(\w+\)/)?([^"]*)"', text))
-    spent: Counter[str] = Counter()
-    newest = max(directory.glob("plugins/profile/*/*.xplane.pb"))
-    events = (e for plane in ProfileData.from_file(str(newest)).planes for line in plane.lines for e in line.events)
-    for event in events:
-        operation = str(dict(event.stats).get("hlo_op", ""))
-        if operation and not operation.startswith(("while", "call", "conditional")):  # they hold others
-            spent[sources.get(operation, operation)] += event.duration_ns
-    print(f"traced into {directory}; of {spent.total() / 3e6:.1f} ms a call")
-    for source, nanoseconds in spent.most_common(15):
-        print(f"{nanoseconds / 3e6:>9.2f} ms {nanoseconds / spent.total():>4.0%}  {source}")

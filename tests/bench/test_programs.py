@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.bench import programs
-from jaxgpt.bench.programs import compilations, generations, random_batch, training_steps, workloads
+from jaxgpt.bench.programs import compilations, generations, random_batch, training_step, workloads
 from jaxgpt.bench.report import measure
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
@@ -23,12 +23,11 @@ MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=32, vocab_
 CONFIG = TrainConfig(name="small", model=MODEL, training=TrainingConfig(batch_size=4))
 
 
-def test_the_step_is_timed_alone_and_in_the_loop(mesh_of: Callable[..., Any]) -> None:
+def test_the_step_is_timed(mesh_of: Callable[..., Any]) -> None:
     with mesh_of():
-        alone, looped = measure(training_steps(CONFIG), rounds=3)
-    assert alone["tokens"] == looped["tokens"] == 4 * 32
-    assert alone["tokens_per_second"] == pytest.approx(128e3 / alone["ms"])
-    assert alone["memory_mib"] > 0.1 and alone["compile_s"] > 0
+        (row,) = measure([training_step(CONFIG)], rounds=3)
+    assert row["tokens"] == 4 * 32 and row["tokens_per_second"] == pytest.approx(128e3 / row["ms"])
+    assert row["memory_mib"] > 0.1 and row["compile_s"] > 0
 
 
 def test_mfu_is_about_one_at_most(mesh_of: Callable[..., Any]) -> None:
@@ -36,20 +35,14 @@ def test_mfu_is_about_one_at_most(mesh_of: Callable[..., Any]) -> None:
     another moment."""
     model = dataclasses.replace(MODEL, n_layers=1, d_model=512, context_length=256, vocab_size=4096)
     with mesh_of():
-        alone, _ = measure(training_steps(dataclasses.replace(CONFIG, model=model)), rounds=2)
-    assert 0.05 < alone["mfu"] < 1.5
+        (row,) = measure([training_step(dataclasses.replace(CONFIG, model=model))], rounds=2)
+    assert 0.05 < row["mfu"] < 1.5
 
 
-def test_a_trace_names_operations_by_their_source(
-    mesh_of: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trace_is_written(mesh_of: Callable[..., Any], tmp_path: Path) -> None:
     with mesh_of():
-        list(training_steps(CONFIG, tmp_path / "trace"))
-    first, *listed = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"traced into {tmp_path / 'trace'}; of ")
-    assert any("BTD,DF->BTF" in line for line in listed) and len(listed) <= 15
-    shares = [int(line.split()[2].rstrip("%")) for line in listed]
-    assert shares == sorted(shares, reverse=True) and sum(shares) <= 104
+        training_step(CONFIG, tmp_path / "trace")
+    assert list(tmp_path.glob("trace/plugins/profile/*/*.xplane.pb"))
 
 
 def test_compilation_is_that_of_both_depths(mesh_of: Callable[..., Any]) -> None:
