@@ -127,6 +127,7 @@ def test_the_torch_peer_computes_the_same_loss(mesh_of: Callable[..., Any]) -> N
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of what PyTorch's compiler imports
 def test_torch_is_compared_with_its_own_model_only() -> None:
     from jaxgpt.bench.peers import torch_training
 
