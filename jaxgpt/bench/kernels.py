@@ -52,6 +52,7 @@ def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "")
     device = absent_devices(target)[0] if target else jax.local_devices()[0]
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     for title, run in _passes(names, sizes, device.platform, dtype):
+        title += f" for {target}" if target else ""
         shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype), run.inputs)
         expected, turns = ([], iter(())) if target else (_expected(run), _turns(run.inputs))
         for implementation, function in run.implementations.items():
@@ -65,7 +66,7 @@ def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "")
             memory: Any = compiled.memory_analysis()
             figures: Row = {"memory_mib": memory.temp_size_in_bytes / 2**20}
             if target:
-                yield Contender(f"{title} for {target}", implementation, None, figures | {"reason": "compiles"})
+                yield Contender(title, implementation, None, figures | {"reason": "compiles"})
                 continue
             moved = memory.argument_size_in_bytes + memory.output_size_in_bytes  # arguments that are needed
             figures |= needs(run.flops, moved, limits(dtype))

@@ -13,6 +13,7 @@ import pytest
 from jaxgpt.bench import programs
 from jaxgpt.bench.programs import compilations, generations, random_batch, training_step, workloads
 from jaxgpt.bench.report import measure
+from jaxgpt.cli import dispatch
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import Transformer
@@ -88,16 +89,26 @@ def tiny_trained(mesh_of: Callable[..., Any]) -> Any:
         yield SimpleNamespace(model=jax.jit(lambda: Transformer(model, jax.random.key(0)))(), tokenizer=tokenizer)
 
 
-def test_the_command_prints_a_document(run_cli: Any, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    done = run_cli("bench kernels", "--op", "rope", "--shapes", "small,B=1,T=8", "--rounds", "1", "--html", str(page))
-    document = json.loads(done.out.splitlines()[-1])
-    assert done.status == 0 and [row["implementation"] for row in document["rows"]] == ["jaxgpt", "jaxgpt"]
+def test_the_command_prints_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, options = tmp_path / "page.html", ["--op", "rope", "--shapes", "small,B=1,T=8", "--rounds", "1"]
+    dispatch(["bench", "kernels", *options, "--html", str(page)])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["implementation"] for row in document["rows"]] == ["jaxgpt", "jaxgpt"]
     assert document["limits"]["GB/s"] > 0 and page.stat().st_size > 5000
-    done = run_cli("bench kernels", "--op", "ropes")
-    assert done.status == 2 and "invalid choice 'ropes'" in done.err
-    done = run_cli("bench train", "X")
-    assert done.status == 2 and "configuration X: there is no such file" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("kernels --op ropes", "invalid choice 'ropes'"),
+        ("train X", "configuration X: there is no such file"),
+        ("kernls", "kernls"),
+    ],
+)
+def test_mistakes_end_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        dispatch(["bench", *words.split()])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parity
