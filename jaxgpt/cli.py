@@ -19,7 +19,6 @@ import tyro
 from rich.cells import cell_len, set_cell_size
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
-from jaxgpt.bench import verbs as bench
 from jaxgpt.config import MeshConfig, TrainConfig
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
 from jaxgpt.files import cache_home
@@ -276,6 +275,14 @@ class Chat(Compute):
             chat(Engine(trained.model, trained.tokenizer, slots=1), trained.tokenizer, self.sampling, self.system)
 
 
+def bench(arguments: list[str], program: str) -> None:
+    """Time kernels, train, compile or generate; `jaxgpt bench kernels --help` and so on list the options."""
+    from jaxgpt.bench.kernels import Kernels
+    from jaxgpt.bench.programs import Compile, Generate, Train
+
+    parse(arguments, Kernels | Train | Compile | Generate, program).run()  # type: ignore[arg-type]
+
+
 VERBS: dict[str, Any] = {  # a class of options, or a function of the words behind the verb and the program's name
     "train": train,
     "generate": Generate,
@@ -284,12 +291,7 @@ VERBS: dict[str, Any] = {  # a class of options, or a function of the words behi
     "verify": Verify,
     "tokenize": Tokenize,
     "data prepare": prepare,
-    "bench kernels": bench.Kernels,
-    "bench train": bench.Train,
-    "bench prefill": bench.Prefill,
-    "bench decode": bench.Decode,
-    "bench generate": bench.Generate,
-    "bench compile": bench.Compile,
+    "bench": bench,
 }
 
 

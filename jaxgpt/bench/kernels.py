@@ -1,130 +1,88 @@
 """Operations in every implementation that there is for the device: how exact, how fast, how far from the roofline.
 
 Figures are those of the forward pass, or of forward and backward together, for the gradients of all differentiable
-inputs. The error is the largest one over the largest entry of the oracle's result, in float64 on the CPU. Bytes are
-those of inputs and results, read or written once. The roofline is what a matrix product, and a read of the memory,
-reached on this device."""
+inputs. Bytes are those of inputs and results, read or written once. The roofline is what a matrix product, and a read
+of the memory, reached on this device."""
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxgpt.bench.operations import OPERATIONS, Function, Sizes
-from jaxgpt.bench.report import Contender, Row, first_line
+from jaxgpt.bench.operations import OPERATIONS, Function, Operation, Sizes, parse_sizes
+from jaxgpt.bench.report import Contender, Output, Row, first_line, measure
 from jaxgpt.errors import ConfigError
 from jaxgpt.roofline import measured_bandwidth, measured_flops
 
 _BEYOND_CACHES = 2**27  # bytes of inputs that take turns, so that they come from the memory
 _REFUSALS = (ValueError, NotImplementedError, RuntimeError)  # by an implementation that has not all that is asked for
+Name = Literal["attention", "decode", "loss", "norm", "rope", "mlp", "moe", "optimizer"]
 
 
-def _cast(tree: Any, dtype: str) -> Any:
-    def cast(x: Any) -> Any:
-        return jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else None)
+@dataclass(frozen=True, kw_only=True)
+class Kernels(Output):
+    """Time the operations of a transformer in every implementation, with their errors and the roofline."""
 
-    return jax.tree.map(cast, tree)
+    op: tuple[Name, ...] = ()  # Operations. Default: all.
+    # small, gpt2 or llama3, and changes, such as gpt2,B=8,T=512: B rows, T tokens, D width, H heads, G key/value heads,
+    # K head width, F feed-forward width, V vocabulary, E experts, M experts of a token.
+    shapes: str = "small"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of the inputs.
+    # Devices that are not here, such as v5e:2x2 or h100:1: nothing is timed, but compiled for them.
+    compile_for: tuple[str, ...] = ()
 
-
-def _bytes(*trees: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
-
-
-def _with_gradients(function: Function, differentiable: tuple[int, ...]) -> Function:
-    """The gradients of the inputs that are differentiable, for the cotangent that the last input is."""
-
-    def gradients(*inputs: Any) -> Any:
-        *given, cotangent = inputs
-
-        def varied(*some: Any) -> Any:
-            places = dict(zip(differentiable, some, strict=True))
-            return function(*(places.get(i, x) for i, x in enumerate(given)))
-
-        out, pull = jax.vjp(varied, *(given[i] for i in differentiable))
-        return pull(cotangent.astype(out.dtype))
-
-    return gradients
+    def run(self) -> None:
+        sizes, rows = parse_sizes(self.shapes), list[Row]()
+        for target in self.compile_for or ("",):
+            rows += measure(contenders(self.op or tuple(OPERATIONS), sizes, self.dtype, target), self.rounds)
+        self.show("kernels", rows, {} if self.compile_for else limits(self.dtype))
 
 
-def _expected(function: Function, inputs: tuple) -> list[np.ndarray]:
-    """What the oracle says, with the inputs as they were rounded for the others."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        wide = _cast(jax.tree.map(np.asarray, _cast(inputs, "float32")), "float64")
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(function)(*wide))]
-
-
-def _error(found: Any, expected: list[np.ndarray]) -> float:
-    pairs = zip(jax.tree.leaves(found), expected, strict=True)
-    return max(float(np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-300)) for a, b in pairs)
-
-
-def contenders(names: Sequence[str], sizes: Sizes, dtype: str) -> Iterator[Contender]:
-    """Every implementation of the operations, compiled and compared with the oracle, ready to be timed."""
-    for run in _passes(names, sizes, jax.default_backend(), dtype):
-        inputs = jax.device_put(run.inputs)
-        expected = _expected(run.oracle, inputs)
+def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "") -> Iterator[Contender]:
+    """Every implementation of the operations, ready to be timed, and what the oracle says. With a `target`, devices
+    that are not here, such as v5e:2x2 or h100:1: whether each compiles for them."""
+    device = absent_devices(target)[0] if target else jax.local_devices()[0]
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    for title, run in _passes(names, sizes, device.platform, dtype):
+        title += f" for {target}" if target else ""
+        shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype), run.inputs)
+        expected, turns = ([], iter(())) if target else (_expected(run), _turns(run.inputs))
         for implementation, function in run.implementations.items():
             try:
-                compiled = jax.jit(_available(function)).lower(*inputs).compile()
-                found = jax.block_until_ready(compiled(*inputs))
+                if isinstance(function, str):
+                    raise NotImplementedError(function)
+                compiled = jax.jit(function).lower(*shapes).compile()
             except _REFUSALS as error:
-                yield Contender(run.title, implementation, None, {"reason": first_line(error)})
+                yield Contender(title, implementation, None, {"reason": first_line(error)})
                 continue
-            figures: Row = {"error": _error(found, expected), "memory_mib": _temporaries(compiled)}
-            memory = compiled.memory_analysis()  # whose arguments are those that are needed
-            moved = memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else _bytes(inputs, found)
-            figures |= {"flops": run.flops, "bytes": moved}
-            copies = [jax.tree.map(jnp.copy, inputs) for _ in range(min(_BEYOND_CACHES // _bytes(inputs), 64))]
-            turns = itertools.cycle([inputs, *copies])
-            yield Contender(run.title, implementation, functools.partial(_call, compiled, turns), figures)
-
-
-def _call(compiled: jax.stages.Compiled, turns: Iterator[tuple]) -> Any:
-    return compiled(*next(turns))
-
-
-def with_roofline(rows: list[Row], limits: Row) -> list[Row]:
-    """Speeds, arithmetic intensity, and the share of what the device could do at that intensity."""
-    for row in rows:
-        if "ms" in row:
-            seconds, flops, moved = row["ms"] / 1e3, row["flops"], row["bytes"]
-            row["gflops"], row["gbytes"], row["intensity"] = flops / seconds / 1e9, moved / seconds / 1e9, flops / moved
-            bound = max(flops / limits["GFLOP/s"], moved / limits["GB/s"]) / 1e9
-            row["roofline"] = bound / seconds
-    return rows
+            memory: Any = compiled.memory_analysis()
+            figures: Row = {"memory_mib": memory.temp_size_in_bytes / 2**20}
+            if target:
+                yield Contender(title, implementation, None, figures | {"reason": "compiles"})
+                continue
+            moved = memory.argument_size_in_bytes + memory.output_size_in_bytes  # arguments that are needed
+            figures |= needs(run.flops, moved, limits(dtype))
+            call = functools.partial(next, itertools.starmap(compiled, turns))
+            yield Contender(title, implementation, call, figures, expected)
 
 
 def limits(dtype: str) -> Row:
+    """What this device can do, as measured."""
     return {"GFLOP/s": measured_flops(dtype) / 1e9, "GB/s": measured_bandwidth() / 1e9}
 
 
-def compiled_for(targets: Sequence[str], names: Sequence[str], sizes: Sizes, dtype: str) -> Iterator[Row]:
-    """Whether each implementation compiles for absent devices, such as v5e:2x2 or h100:1, and what it needs there."""
-    for target in targets:
-        device = absent_devices(target)[0]
-        struct = functools.partial(_struct, where=SingleDeviceSharding(device))
-        for run in _passes(names, sizes, device.platform, dtype):
-            shapes = jax.tree.map(struct, run.inputs)
-            for implementation, function in run.implementations.items():
-                row: Row = {"name": f"{run.title} for {target}", "implementation": implementation}
-                try:
-                    compiled = jax.jit(_available(function)).lower(*shapes).compile()
-                    row |= {"memory_mib": _temporaries(compiled), "reason": "compiles"}
-                except _REFUSALS as error:
-                    row["reason"] = first_line(error)
-                yield row
-
-
-def _struct(x: Array, where: SingleDeviceSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def needs(flops: float, moved: float, limits: Row) -> Row:
+    """Operations, bytes, their ratio, and the seconds that the device takes at least."""
+    shortest = max(flops / limits["GFLOP/s"], moved / limits["GB/s"]) / 1e9
+    return {"flops": flops, "bytes": moved, "intensity": flops / moved, "roofline_s": shortest}
 
 
 def absent_devices(target: str) -> Sequence[jax.Device]:
@@ -137,42 +95,50 @@ def absent_devices(target: str) -> Sequence[jax.Device]:
             return topologies.get_topology_desc("h100", "cuda", target_config=config, topology=f"1x1x{shape}").devices
         return topologies.get_topology_desc(target, "tpu").devices
     except _REFUSALS as error:
-        need = "cuda" if kind == "h100" else "tpu"
-        remedy = f"pip install 'jaxgpt[{need}]', and name it as v5e:2x2 or h100:1"
+        remedy = f"pip install 'jaxgpt[{'cuda' if kind == 'h100' else 'tpu'}]', and name it as v5e:2x2 or h100:1"
         raise ConfigError(f"compile-for {target}: {first_line(error)}; {remedy}") from None
 
 
-class _Pass(NamedTuple):
-    """An operation, forward or backward too."""
-
-    title: str
-    inputs: tuple
-    flops: float
-    oracle: Function
-    implementations: Mapping[str, Function | str]
-
-
-def _passes(names: Sequence[str], sizes: Sizes, platform: str, dtype: str) -> Iterator[_Pass]:
+def _passes(names: Sequence[str], sizes: Sizes, platform: str, dtype: str) -> Iterator[tuple[str, Operation]]:
     for name in names:
-        operation = OPERATIONS[name](sizes, platform)
-        title = " ".join([name, *(f"{letter}{getattr(sizes, letter)}" for letter in operation.letters)])
-        inputs = _cast(operation.inputs, "float32" if name == "optimizer" else dtype)
-        yield _Pass(title, inputs, operation.flops, operation.oracle, operation.implementations)
-        if operation.differentiable:
-            out = jax.eval_shape(operation.oracle, *inputs)
-            cotangent = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
-            wrap = functools.partial(_with_gradients, differentiable=operation.differentiable)
-            wrapped = {k: f if isinstance(f, str) else wrap(f) for k, f in operation.implementations.items()}
-            oracle = wrap(operation.oracle)
-            yield _Pass(f"{title} + gradients", (*inputs, cotangent), 3 * operation.flops, oracle, wrapped)
+        forward = OPERATIONS[name](sizes, platform)
+        title = " ".join([name, *(f"{letter}{getattr(sizes, letter)}" for letter in forward.letters)])
+        passes = {title: forward}
+        if forward.differentiable:
+            passes[f"{title} + gradients"] = _with_gradients(forward)
+        for title, run in passes.items():
+            yield title, run._replace(inputs=_cast(run.inputs, "float32" if name == "optimizer" else dtype))
 
 
-def _available(function: Function | str) -> Function:
-    if isinstance(function, str):
-        raise NotImplementedError(function)
-    return function
+def _with_gradients(forward: Operation) -> Operation:
+    """Both passes: the gradients of the differentiable inputs, for the cotangent that the last input is."""
+
+    def wrapped(function: Function) -> Function:
+        def product(*inputs: Any) -> Any:
+            *given, cotangent = inputs
+            return (function(*given) * cotangent).sum()
+
+        return jax.grad(product, argnums=forward.differentiable)
+
+    out = jax.eval_shape(forward.oracle, *forward.inputs)
+    cotangent = np.cos(np.arange(out.size, dtype=np.float32)).reshape(out.shape)
+    inputs, oracle = (*forward.inputs, cotangent), wrapped(forward.oracle)
+    implementations = {k: f if isinstance(f, str) else wrapped(f) for k, f in forward.implementations.items()}
+    return Operation(forward.letters, inputs, (), 3 * forward.flops, oracle, implementations)
 
 
-def _temporaries(compiled: jax.stages.Compiled) -> float | None:
-    memory = compiled.memory_analysis()
-    return memory.temp_size_in_bytes / 2**20 if memory else None
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else None), tree)
+
+
+def _expected(run: Operation) -> list[np.ndarray]:
+    """What the oracle says in float64, with the inputs as they were rounded for the others."""
+    inputs = jax.tree.map(np.asarray, run.inputs)
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(run.oracle)(*_cast(inputs, "float64")))]
+
+
+def _turns(inputs: tuple) -> Iterator[tuple]:
+    """Copies of the inputs for ever, of which no cache holds all."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs))
+    return itertools.cycle([jax.tree.map(jnp.copy, inputs) for _ in range(1 + min(_BEYOND_CACHES // size, 64))])

@@ -74,9 +74,8 @@ def _causal_oracle(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
     return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(jnp.where(seen_TS, scores_BHTS, -jnp.inf)), v_BSHK)
 
 
-def _library_attention(implementation: str) -> Function:
-    causal = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
-    return lambda q, k, v: causal(q, k, v, is_causal=q.shape[1] == k.shape[1])
+def _library_attention(kind: Any) -> Function:
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=q.shape[1] > 1, implementation=kind)
 
 
 def _splash(s: Sizes) -> Function:
@@ -94,41 +93,22 @@ def _splash(s: Sizes) -> Function:
     return call
 
 
-def _attention(s: Sizes, platform: str) -> Operation:
-    positions_BT: Any = np.broadcast_to(np.arange(s.T), (s.B, s.T))
-    mask_BTT = lambda: attention_mask(positions_BT, positions_BT)  # noqa: E731
-    keys = (s.B, s.T, s.G, s.K)
-    implementations = {
-        "blocks": lambda q, k, v: causal_attention(q, k, v, mask_BTT(), None, None),
-        "plain": lambda q, k, v: attention(q, k, v, mask_BTT(), None, None),
-        "jax.nn": _library_attention("xla"),
-        "jax.nn cudnn": _library_attention("cudnn") if platform == "gpu" else "only on an NVIDIA GPU",
-        "splash": _splash(s) if platform == "tpu" else "only on a TPU",
-    }
-    flops = 2 * s.B * s.H * s.K * s.T * (s.T + 1)
-    inputs = _normal(s.B, s.T, s.H, s.K), _normal(*keys), _normal(*keys)
-    return Operation("BTHGK", inputs, (0, 1, 2), flops, _causal_oracle, implementations)
-
-
-def _decode(s: Sizes, platform: str) -> Operation:
-    """One query for each text, over a full cache."""
-    mask: Any = np.ones((s.B, 1, s.T), bool)
-    keys = (s.B, s.T, s.G, s.K)
-
-    def multiply_and_add(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
-        q_BGRK = q_BTHK.reshape(s.B, s.G, s.H // s.G, s.K)
-        scores_BSGR = (q_BGRK[:, None] * k_BSGK[:, :, :, None]).sum(-1) * s.K**-0.5
-        weights_BSGR = jax.nn.softmax(scores_BSGR.astype(jnp.float32), axis=1)
-        return (weights_BSGR[..., None].astype(v_BSGK.dtype) * v_BSGK[:, :, :, None]).sum(1).reshape(q_BTHK.shape)
-
-    implementations = {
-        "plain": lambda q, k, v: attention(q, k, v, mask, None, None),
-        "multiply and add": multiply_and_add,
+def _attention(s: Sizes, platform: str, decoding: bool = False) -> Operation:
+    """Of a whole sequence; when `decoding`, of one query for each text over a full cache, without gradients."""
+    T = 1 if decoding else s.T
+    positions_BS: Any = np.broadcast_to(np.arange(s.T), (s.B, s.T))
+    mask_BTS = lambda: attention_mask(positions_BS[:, s.T - T :], positions_BS)  # noqa: E731
+    implementations: dict[str, Function | str] = {
+        "plain": lambda q, k, v: attention(q, k, v, mask_BTS(), None, None),
         "jax.nn": _library_attention("xla"),
         "jax.nn cudnn": _library_attention("cudnn") if platform == "gpu" else "only on an NVIDIA GPU",
     }
-    inputs = _normal(s.B, 1, s.H, s.K), _normal(*keys), _normal(*keys)
-    return Operation("BTHGK", inputs, (), 4 * s.B * s.H * s.K * s.T, _causal_oracle, implementations)
+    if not decoding:
+        blocks = {"blocks": lambda q, k, v: causal_attention(q, k, v, mask_BTS(), None, None)}
+        implementations = blocks | implementations | {"splash": _splash(s) if platform == "tpu" else "only on a TPU"}
+    inputs = _normal(s.B, T, s.H, s.K), _normal(s.B, s.T, s.G, s.K), _normal(s.B, s.T, s.G, s.K)
+    flops = 2 * s.B * s.H * s.K * T * (2 * s.T - T + 1)
+    return Operation("BTHGK", inputs, () if decoding else (0, 1, 2), flops, _causal_oracle, implementations)
 
 
 def _loss(s: Sizes, platform: str) -> Operation:
@@ -164,44 +144,33 @@ def _norm(s: Sizes, platform: str) -> Operation:
     def oracle(x_BTD: Array, norm: Any) -> Array:
         return x_BTD / jnp.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * norm.scale[...][None, None]
 
-    implementations = {"jaxgpt": lambda x, norm: norm(x)}
     inputs = _normal(s.B, s.T, s.D), _block(s).mlp_norm
-    return Operation("BTD", inputs, (0, 1), 4 * s.B * s.T * s.D, oracle, implementations)
+    return Operation("BTD", inputs, (0, 1), 4 * s.B * s.T * s.D, oracle, {"jaxgpt": lambda x, norm: norm(x)})
 
 
 def _rope(s: Sizes, platform: str) -> Operation:
     angles = np.arange(s.T)[:, None] * 10_000.0 ** (-np.arange(0, s.K, 2) / s.K)
-    turns = tuple(
-        np.broadcast_to(f(angles), (s.B, *angles.shape))[:, :, None].astype(np.float32) for f in (np.cos, np.sin)
-    )
+    turns = [np.broadcast_to(f(angles)[None, :, None], (s.B, s.T, 1, s.K // 2)) for f in (np.cos, np.sin)]
 
     def oracle(q_BTHK: Array, cos: Array, sin: Array) -> Array:
         pairs = jax.lax.complex(*jnp.split(q_BTHK, 2, axis=-1)) * jax.lax.complex(cos, sin)
         return jnp.concatenate([pairs.real, pairs.imag], -1)
 
-    implementations = {"jaxgpt": lambda q, cos, sin: rotate(q, (cos, sin))}
-    inputs = _normal(s.B, s.T, s.H, s.K), *turns
-    return Operation("BTHK", inputs, (0,), 3 * s.B * s.T * s.H * s.K, oracle, implementations)
+    inputs, flops = (_normal(s.B, s.T, s.H, s.K), *turns), 3 * s.B * s.T * s.H * s.K
+    return Operation("BTHK", inputs, (0,), flops, oracle, {"jaxgpt": lambda q, cos, sin: rotate(q, (cos, sin))})
 
 
 def _mlp(s: Sizes, platform: str) -> Operation:
-    def formula(x_BTD: Array, mlp: Any) -> Array:
+    def oracle(x_BTD: Array, mlp: Any) -> Array:
         up_DF, gate_DF, down_FD = (p.kernel[...] for p in (mlp.up, mlp.gate, mlp.down))
         return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
-    def merged(x_BTD: Array, mlp: Any) -> Array:
-        both = x_BTD @ jnp.concatenate([mlp.gate.kernel[...], mlp.up.kernel[...]], axis=1)
-        gate_BTF, up_BTF = jnp.split(both, 2, axis=-1)
-        return (jax.nn.silu(gate_BTF) * up_BTF) @ mlp.down.kernel[...]
-
-    implementations = {"jaxgpt": lambda x, mlp: mlp(x)[0], "gate and up merged": merged}
-    inputs = _normal(s.B, s.T, s.D), _block(s).mlp
-    return Operation("BTDF", inputs, (0, 1), 6 * s.B * s.T * s.D * s.F, formula, implementations)
+    inputs, flops = (_normal(s.B, s.T, s.D), _block(s).mlp), 6 * s.B * s.T * s.D * s.F
+    return Operation("BTDF", inputs, (0, 1), flops, oracle, {"jaxgpt": lambda x, mlp: mlp(x)[0]})
 
 
 def _moe(s: Sizes, platform: str) -> Operation:
-    shape, rng = (s.B, s.T, s.M), np.random.default_rng(0)
-    experts_BTM = rng.random((s.B, s.T, s.E)).argsort(-1)[..., : s.M].astype(np.int32)
+    experts_BTM = np.random.default_rng(0).random((s.B, s.T, s.E)).argsort(-1)[..., : s.M].astype(np.int32)
 
     def every_expert(x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple) -> Array:
         gate_EDF, up_EDF, down_EFD = matrices
@@ -211,15 +180,16 @@ def _moe(s: Sizes, platform: str) -> Operation:
         hidden_BTEF *= jnp.einsum("BTD,EDF->BTEF", x_BTD, up_EDF) * weights_BTE[..., None].astype(x_BTD.dtype)
         return jnp.einsum("BTEF,EFD->BTD", hidden_BTEF, down_EFD)
 
-    matrices = *(_normal(s.E, s.D, s.F, std=s.D**-0.5) for _ in "gu"), _normal(s.E, s.F, s.D, std=s.F**-0.5)
+    up = _normal(s.E, s.D, s.F, std=s.D**-0.5)
+    matrices = up[::-1], up, _normal(s.E, s.F, s.D, std=s.F**-0.5)
     ragged = functools.partial(mixture, activate=jax.nn.silu)
     implementations: dict[str, Function | str] = {"ragged products": ragged, "every expert": every_expert}
-    inputs = _normal(s.B, s.T, s.D), np.full(shape, 1 / s.M, np.float32), experts_BTM, matrices
+    inputs = _normal(s.B, s.T, s.D), np.full(experts_BTM.shape, 1 / s.M, np.float32), experts_BTM, matrices
     return Operation("BTDFEM", inputs, (0, 3), 6 * s.B * s.T * s.M * s.D * s.F, every_expert, implementations)
 
 
 def _optimizer(s: Sizes, platform: str) -> Operation:
-    """AdamW without clipping, for one matrix."""
+    """AdamW without clipping, for one matrix: it, and both its moments."""
     config = OptimizerConfig(warmup_steps=0, schedule="constant", clip_norm=0.0)
     rule = make_optimizer(config, 2)
     parameter, gradient = {"kernel": _normal(s.D, s.F)}, {"kernel": _normal(s.D, s.F, std=0.1)}
@@ -227,21 +197,18 @@ def _optimizer(s: Sizes, platform: str) -> Operation:
 
     def update(parameter: Any, gradient: Any, state: Any) -> Any:
         updates, state = rule.update(gradient, state, parameter)
-        return optax.apply_updates(parameter, updates), state
+        return optax.apply_updates(parameter, updates), state[1].mu, state[1].nu
 
     def oracle(parameter: Any, gradient: Any, state: Any) -> Any:
-        p, g, (m, v) = parameter["kernel"], gradient["kernel"], (x["kernel"] for x in state[1][1:])
+        p, g, m, v = (tree["kernel"] for tree in (parameter, gradient, state[1].mu, state[1].nu))
         m, v = config.beta1 * m + (1 - config.beta1) * g, config.beta2 * v + (1 - config.beta2) * g * g
         step = m / (1 - config.beta1**2) / (jnp.sqrt(v / (1 - config.beta2**2)) + config.epsilon)
-        adam = state[1]._replace(count=state[1].count + 1, mu={"kernel": m}, nu={"kernel": v})
-        moved = {"kernel": p - config.peak_lr * (step + config.weight_decay * p)}
-        return moved, (state[0], adam, state[2], state[3]._replace(count=state[3].count + 1))
+        return p - config.peak_lr * (step + config.weight_decay * p), m, v
 
-    implementations = {"optax": update}
-    return Operation("DF", (parameter, gradient, state), (), 15 * s.D * s.F, oracle, implementations)
+    return Operation("DF", (parameter, gradient, state), (), 15 * s.D * s.F, oracle, {"optax": update})
 
 
 OPERATIONS: dict[str, Callable[[Sizes, str], Operation]] = {
-    "attention": _attention, "decode": _decode, "loss": _loss, "norm": _norm, "rope": _rope, "mlp": _mlp, "moe": _moe,
-    "optimizer": _optimizer,
+    "attention": _attention, "decode": functools.partial(_attention, decoding=True), "loss": _loss, "norm": _norm,
+    "rope": _rope, "mlp": _mlp, "moe": _moe, "optimizer": _optimizer,
 }  # fmt: skip

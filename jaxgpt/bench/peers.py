@@ -1,6 +1,6 @@
 """What a user would take instead: PyTorch for training, transformers for generation. Needs the extra `parity`.
 
-Letters: B batch, T length, D width, H heads, V vocabulary."""
+Letters: B batch, T length."""
 
 import functools
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.bench.programs import random_batch, request_mix
+from jaxgpt.bench.programs import random_batch, workloads
 from jaxgpt.bench.report import Contender
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import ConfigError
@@ -18,103 +18,74 @@ from jaxgpt.interop.convert import convert
 try:
     import torch
     import transformers
-    from torch import nn
     from torch.nn import functional
 except ImportError:
     raise ConfigError("--against needs PyTorch and transformers; run: pip install 'jaxgpt[parity]'") from None
 
 
-class _Block(nn.Module):
-    def __init__(self, D: int, H: int) -> None:
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = H, nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.output = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-    def forward(self, x_BTD: Any) -> Any:
-        B, T, D = x_BTD.shape
-        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x_BTD)).split(D, 2))
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
-        x_BTD = x_BTD + self.output(y)
-        return x_BTD + self.down(functional.gelu(self.up(self.norm2(x_BTD)), approximate="tanh"))
-
-
-class _Gpt(nn.Module):
-    """nanoGPT's mathematics."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        V, D = config.vocab_size or 0, config.d_model
-        self.tokens, self.places = nn.Embedding(V, D), nn.Embedding(config.context_length, D)
-        self.blocks = nn.ModuleList(_Block(D, config.n_heads) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(D)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, 0, 0.02)
-
-    def forward(self, tokens_BT: Any, labels_BT: Any) -> Any:
-        x_BTD = self.tokens(tokens_BT) + self.places(torch.arange(tokens_BT.shape[1]))
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        logits_BTV = self.norm(x_BTD) @ self.tokens.weight.T
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
+def gpt2(config: ModelConfig) -> Any:
+    """nanoGPT's mathematics, with fused attention. Raises ConfigError for a model that has others."""
+    plain = ModelConfig(
+        n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, vocab_size=config.vocab_size,
+        context_length=config.context_length, scan_layers=config.scan_layers, remat=config.remat,
+    )  # fmt: skip
+    if config != plain:
+        raise ConfigError("--against torch: this is not nanoGPT's model in float32; give S or M")
+    same = transformers.GPT2Config(
+        n_layer=config.n_layers, n_embd=config.d_model, n_head=config.n_heads, vocab_size=config.vocab_size or 0,
+        n_positions=config.context_length, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(same)
 
 
 def torch_training(config: TrainConfig) -> Iterator[Contender]:
-    """The step of `config`, eager and compiled, in PyTorch with fused AdamW. Raises ConfigError for another model."""
-    model = config.model
-    plain = ModelConfig(
-        n_layers=model.n_layers, d_model=model.d_model, n_heads=model.n_heads, vocab_size=model.vocab_size,
-        context_length=model.context_length, scan_layers=model.scan_layers, remat=model.remat,
-    )  # fmt: skip
-    if model != plain or config.training.accumulation_steps > 1:
-        raise ConfigError(f"--against torch: {config.name} is not nanoGPT's model; give S, M or configs/gpt2_124m.py")
+    """The step of `config`, eager and compiled, in PyTorch with fused AdamW, without accumulation."""
     batch, o = random_batch(config), config.optimizer
     tokens_BT, labels_BT = (torch.from_numpy(np.array(rows, np.int64)) for rows in (batch.tokens, batch.labels))
-    for name in ("torch eager", "torch compiled"):
-        torch.manual_seed(0)
-        network = _Gpt(model)
+
+    def step(loss: Any, network: Any, rule: Any) -> None:
+        rule.zero_grad(set_to_none=True)
+        found = loss(network)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), o.clip_norm)
+        rule.step()
+        found.item()
+
+    def loss(network: Any) -> Any:
+        return functional.cross_entropy(network(tokens_BT).logits.flatten(0, 1), labels_BT.flatten())
+
+    for name, kind in {"torch eager": loss, "torch compiled": torch.compile(loss)}.items():
+        network = gpt2(config.model)
         rule = torch.optim.AdamW(
             network.parameters(), lr=o.peak_lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
         )
-        run = torch.compile(network) if name == "torch compiled" else network
-
-        def step(network: Any = network, rule: Any = rule, run: Any = run) -> None:
-            rule.zero_grad(set_to_none=True)
-            loss = run(tokens_BT, labels_BT)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), o.clip_norm)
-            rule.step()
-            loss.item()
-
-        yield Contender(f"train {config.name}", name, step, {"tokens": batch.tokens.size})
+        call = functools.partial(step, kind, network, rule)
+        yield Contender(f"train {config.name}", name, call, {"tokens": batch.tokens.size})
 
 
-def transformers_generation(source: Path, scratch: Path) -> Iterator[Contender]:
-    """One text and the mix of requests, in static batches, by `generate` in float32."""
+def transformers_generation(source: Path, scratch: Path, config: ModelConfig) -> Iterator[Contender]:
+    """The workloads in static batches, by `generate` in float32."""
     convert(source, scratch / "model", "hf", "float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32).eval()
-    prompts, news = request_mix()
-    prompts = [[token % model.config.vocab_size for token in prompt] for prompt in prompts]
     model.generation_config.eos_token_id = None
 
-    def generate(rows: list[list[int]], count: int) -> list[list[int]]:
-        longest = max(map(len, rows))
-        ids, mask = torch.zeros((2, len(rows), longest), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), 1
-        options: Any = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    def batch(prompts: list[list[int]], news: list[int]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids, mask = torch.zeros((2, len(prompts), longest), dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = torch.tensor(prompt), 1
+        options: Any = dict(max_new_tokens=max(news), min_new_tokens=max(news), do_sample=False, pad_token_id=0)
         with torch.no_grad():
-            return model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+            rows = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+        return [row[:new] for row, new in zip(rows, news, strict=True)]
 
-    def mixed(size: int) -> list[list[int]]:
-        found = []
-        for i in range(0, len(prompts), size):
-            rows = generate(prompts[i : i + size], max(news[i : i + size]))
-            found += [row[:new] for row, new in zip(rows, news[i : i + size], strict=True)]
-        return found
+    def batches(prompts: list[list[int]], news: list[int], size: int) -> list[list[int]]:
+        starts = range(0, len(prompts), size)
+        return [text for i in starts for text in batch(prompts[i : i + size], news[i : i + size])]
 
-    yield Contender("decode 1 text", "transformers", lambda: generate([prompts[0][:16]], 128), {"tokens": 128})
-    for size in (8, 32):
-        name = f"transformers, by {size}"
-        yield Contender("generate 32 requests", name, functools.partial(mixed, size), {"tokens": sum(news)})
+    for name, (prompts, news) in workloads(config).items():
+        tokens = len(prompts[0]) if name.startswith("prefill") else sum(news)
+        for size in sorted({min(8, len(prompts)), len(prompts)}):
+            call = functools.partial(batches, prompts, news, size)
+            yield Contender(name, f"transformers, by {size}", call, {"tokens": tokens})

@@ -3,25 +3,30 @@
 Letters: B batch, T length."""
 
 import dataclasses
-import re
+import functools
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.profiler import ProfileData
+from tyro.conf import Positional
 
-from jaxgpt.bench.report import Contender, Row
-from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
+from jaxgpt.bench.report import Contender, Output, Row, measure
+from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.generation.engine import Engine, for_decoding
+from jaxgpt.errors import note
+from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.interop.load import Dtype, load_model
+from jaxgpt.presets import load_preset
 from jaxgpt.roofline import forward_flops_per_token, measured_bandwidth, peak_flops
 from jaxgpt.run import TrainedModel
-from jaxgpt.sharding import place_batch
+from jaxgpt.sharding import check_divides, make_mesh, place_batch
 from jaxgpt.training.step import TrainState, init_state, make_train_step
 
 _S = ModelConfig(n_layers=6, d_model=384, n_heads=6, context_length=256, vocab_size=512, scan_layers=False)
@@ -32,6 +37,74 @@ SIZES = {  # of the comparison with PyTorch
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train(Output):
+    """Time the training step: tokens a second, MFU, memory and time to compile."""
+
+    # Presets. S: 6 layers of width 384, 16 x 256 tokens, vocabulary 512. M: 4 layers of width 768, 4 x 512 tokens,
+    # vocabulary 50304.
+    configs: Positional[tuple[str, ...]] = ("S", "M")
+    against: Literal["none", "torch"] = "none"  # Also time PyTorch, eager and compiled, in turn.
+    profile: Path | None = None  # Directory for a trace of three steps.
+
+    def run(self) -> None:
+        rows: list[Row] = []
+        for name in self.configs:
+            with _on_mesh(name) as config:
+                contenders = [training_step(config, self.profile and self.profile / config.name)]
+                if self.against == "torch":
+                    from jaxgpt.bench.peers import torch_training
+
+                    contenders += torch_training(config)
+                rows += measure(contenders, self.rounds)
+        self.show("train", rows, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile(Output):
+    """Time the compilation of the training step, for 4 and for 24 layers."""
+
+    config: Positional[str] = "S"  # Preset, S or M.
+    rounds: int = 3  # Times that each is compiled; the median counts.
+
+    def run(self) -> None:
+        with _on_mesh(self.config) as config:
+            self.show("compile", measure(compilations(config), self.rounds), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Output):
+    """Time generation: a long prompt, one text, eight at once, and 32 requests of mixed lengths."""
+
+    model: Positional[Path]  # Run directory, directory of a Hugging Face model, or .gguf file.
+    against: Literal["none", "transformers"] = "none"  # Also time transformers, in turn, in static batches.
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))  # Devices to spread the model over.
+    dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
+
+    def run(self) -> None:
+        devices = jax.devices()[: self.mesh.size]
+        with jax.set_mesh(make_mesh(self.mesh, devices)), tempfile.TemporaryDirectory() as scratch:
+            trained = load_model(self.model, dtype=self.dtype)
+            contenders = list(generations(trained))
+            if self.against == "transformers":
+                from jaxgpt.bench.peers import transformers_generation
+
+                contenders += transformers_generation(self.model, Path(scratch), trained.config)
+                contenders.sort(key=lambda contender: contender.name)  # what is compared takes turns
+            self.show("generate", measure(contenders, self.rounds), {})
+
+
+@contextmanager
+def _on_mesh(name: str) -> Iterator[TrainConfig]:
+    """The configuration that is called S or M, or a preset with the vocabulary of its tokenizer, and its mesh set."""
+    config = SIZES.get(name) or load_preset(name)
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
+    config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh)
+    check_divides(mesh, model, config.training.batch_size // config.training.accumulation_steps)
+    with jax.set_mesh(mesh):
+        yield config
+
+
 def random_batch(config: TrainConfig) -> Batch:
     """Rows of random tokens, one document each, on the host."""
     B, T = config.training.batch_size, config.model.context_length
@@ -40,37 +113,29 @@ def random_batch(config: TrainConfig) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, T), np.int32), positions)
 
 
-def training_steps(config: TrainConfig, profile: Path | None = None) -> Iterator[Contender]:
-    """The compiled step alone, and with what the loop does around it: placing a batch, reading the metrics before. With
-    `profile`, first a trace of the step into that directory."""
-    batch, mesh = random_batch(config), jax.sharding.get_mesh()
+def training_step(config: TrainConfig, profile: Path | None = None) -> Contender:
+    """The compiled step. With `profile`, first a trace of three into that directory."""
+    batch = random_batch(config)
     state: TrainState = jax.jit(init_state, static_argnums=0)(config)
     placed, began = place_batch(batch), time.perf_counter()
     step = make_train_step(config).lower(state, placed).compile()
     figures: Row = {"compile_s": time.perf_counter() - began, "tokens": batch.tokens.size}
-    if memory := step.memory_analysis():
-        figures["memory_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    if peak := peak_flops(mesh):
-        figures["mfu_of"] = peak / (3 * forward_flops_per_token(config.model))  # tokens a second
-    metrics: Any = None
+    memory: Any = step.memory_analysis()
+    figures["memory_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    if peak := peak_flops(jax.sharding.get_mesh()):
+        figures["mfu_s"] = 3 * forward_flops_per_token(config.model) * batch.tokens.size / peak
 
-    def alone() -> Any:
+    def call() -> Any:
         nonlocal state
-        state, found = step(state, placed)
-        return found
-
-    def in_the_loop() -> Any:
-        nonlocal state, metrics
-        state, found = step(state, place_batch(batch))
-        jax.device_get(metrics)
-        metrics = found
-        return found
+        state, metrics = step(state, placed)
+        return metrics
 
     if profile:
-        profiled(alone, step, profile)
-    name = f"train {config.name}"
-    yield Contender(name, "jaxgpt", alone, figures)
-    yield Contender(name, "with the loop", in_the_loop, {"tokens": batch.tokens.size})
+        with jax.profiler.trace(profile):
+            for _ in range(3):
+                jax.block_until_ready(call())
+        note(f"three steps are traced into {profile}; show them with xprof or ui.perfetto.dev")
+    return Contender(f"train {config.name}", "jaxgpt", call, figures)
 
 
 def compilations(config: TrainConfig) -> Iterator[Contender]:
@@ -83,73 +148,37 @@ def compilations(config: TrainConfig) -> Iterator[Contender]:
         yield Contender(f"compile {config.name}", f"{layers} layers", call, {})
 
 
-def request_mix() -> tuple[list[list[int]], list[int]]:
-    """32 prompts of 16 to 256 random tokens, and 16 to 128 new tokens for each."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(1000, 40_000, int(size)).tolist() for size in rng.integers(16, 257, 32)]
-    return prompts, rng.integers(16, 129, 32).tolist()
+def workloads(config: ModelConfig) -> dict[str, tuple[list[list[int]], list[int]]]:
+    """Prompts of random tokens, and how many new tokens each gets: a prompt of half the context; one text, and eight at
+    once; a mix of prompts of 16 to 256 tokens that get 16 to 128. Half of a short context bounds them all."""
+    half, rng = config.context_length // 2, np.random.default_rng(0)
+    sizes, news = (rng.integers(min(16, half), min(most, half) + 1, 32).tolist() for most in (256, 128))
+    long, *prompts = (rng.integers(0, config.vocab_size or 0, n).tolist() for n in (min(1024, half), *sizes))
+    start, new = prompts[0][:16], min(128, half)
+    return {
+        f"prefill {len(long)} tokens": ([long], [1]),
+        "decode 1 text": ([start], [new]),
+        "decode 8 texts": ([start] * 8, [new] * 8),
+        "generate 32 requests": (prompts, news),
+    }
 
 
-def generations(trained: TrainedModel, what: str) -> Iterator[Contender]:
-    """`decode`: 128 new tokens for one text, and for eight at once. `prefill`: one prompt of half the context, up to
-    1024 tokens. `generate`: one text, then the mix of requests. Greedy, of random tokens."""
-    vocabulary, config = trained.tokenizer.vocab_size, trained.model.config
-    prompts, news = request_mix()
-    prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
-    start, long = prompts[0][:16], [i % vocabulary for i in range(min(1024, config.context_length // 2))]
-    if what == "prefill":
-        peak = peak_flops(jax.sharding.get_mesh())
-        figures: Row = {"tokens": len(long)} | ({"mfu_of": peak / forward_flops_per_token(config)} if peak else {})
-        return (yield _generation(trained, f"prefill {len(long)} tokens", 1, [long], [1], figures))
-    bytes_per_pass = sum(leaf.nbytes for leaf in jax.tree.leaves(for_decoding(trained.model)))
-    figures = {"tokens": 128, "mbu_of": measured_bandwidth() / bytes_per_pass}
-    yield _generation(trained, "decode 1 text", 1, [start], [128], figures)
-    if what == "decode":
-        figures = {"tokens": 8 * 128, "mbu_of": 8 * measured_bandwidth() / bytes_per_pass}
-        yield _generation(trained, "decode 8 texts", 8, [start] * 8, [128] * 8, figures)
-    else:
-        yield _generation(trained, "generate 32 requests", 8, prompts, news, {"tokens": sum(news)})
+def generations(trained: TrainedModel) -> Iterator[Contender]:
+    """The workloads, greedy, up to 8 texts at a time."""
+    config = trained.model.config
+    pass_seconds = sum(leaf.nbytes for leaf in jax.tree.leaves(trained.model)) / measured_bandwidth()
+    for name, (prompts, news) in workloads(config).items():
+        figures: Row = {"tokens": sum(news)}
+        if name.startswith("decode"):
+            figures["mbu_s"] = news[0] * pass_seconds
+        elif name.startswith("prefill"):
+            figures["tokens"] = len(prompts[0])
+            if peak := peak_flops(jax.sharding.get_mesh()):
+                figures["mfu_s"] = len(prompts[0]) * forward_flops_per_token(config) / peak
+        yield Contender(name, "jaxgpt", functools.partial(_generate, trained, prompts, news), figures)
 
 
-def _generation(
-    trained: TrainedModel, name: str, slots: int, prompts: list[list[int]], news: list[int], figures: Row
-) -> Contender:
-    model = for_decoding(trained.model)
+def _generate(trained: TrainedModel, prompts: list[list[int]], news: list[int]) -> list[list[int]]:
     settings = [SamplingParams(new, temperature=0, ignore_eos=True) for new in news]
-
-    def call() -> list[list[int]]:  # with an engine that has no keys of the prompts yet
-        engine = Engine(model, trained.tokenizer, slots=slots)
-        return [completion.token_ids for completion in engine.generate(prompts, settings)]
-
-    return Contender(name, "jaxgpt", call, figures)
-
-
-def with_speeds(rows: list[Row]) -> list[Row]:
-    """Tokens a second, and their share of what the device could do."""
-    for row in rows:
-        if "ms" in row:
-            row["tokens_per_second"] = row["tokens"] / row["ms"] * 1e3
-            row |= {
-                share: row["tokens_per_second"] / row[f"{share}_of"] for share in ("mfu", "mbu") if f"{share}_of" in row
-            }
-    return rows
-
-
-def profiled(call: Callable[[], Any], compiled: jax.stages.Compiled, directory: Path) -> None:
-    """Trace three calls of a compiled program into `directory`, and print what took most of the device's time (of all
-    threads, on a CPU), by the names that the program's source gives."""
-    with jax.profiler.trace(directory):
-        for _ in range(3):
-            jax.block_until_ready(call())
-    text = compiled.as_text() or ""
-    sources = dict(re.findall(r'%([\w.-]+) = .*? metadata={[^}]*op_name="(?:jit\(\w+\)/)?([^"]*)"', text))
-    spent: Counter[str] = Counter()
-    newest = max(directory.glob("plugins/profile/*/*.xplane.pb"))
-    events = (e for plane in ProfileData.from_file(str(newest)).planes for line in plane.lines for e in line.events)
-    for event in events:
-        operation = str(dict(event.stats).get("hlo_op", ""))
-        if operation and not operation.startswith(("while", "call", "conditional")):  # they hold others
-            spent[sources.get(operation, operation)] += event.duration_ns
-    print(f"traced into {directory}; of {spent.total() / 3e6:.1f} ms a call")
-    for source, nanoseconds in spent.most_common(15):
-        print(f"{nanoseconds / 3e6:>9.2f} ms {nanoseconds / spent.total():>4.0%}  {source}")
+    engine = Engine(trained.model, trained.tokenizer, slots=min(8, len(prompts)))  # has no keys of the prompts yet
+    return [completion.token_ids for completion in engine.generate(prompts, settings)]

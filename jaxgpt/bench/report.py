@@ -25,9 +25,10 @@ COLUMNS = {  # heading, and how a value is shown
     "error": ("error", "{:.0e}"), "ms": ("ms", "{:,.2f}"), "spread": ("+-", "{:.0%}"),
     "gflops": ("GFLOP/s", "{:,.1f}"), "gbytes": ("GB/s", "{:,.1f}"), "roofline": ("roof", "{:.0%}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"), "mfu": ("MFU", "{:.1%}"), "mbu": ("MBU", "{:.0%}"),
-    "memory_mib": ("MiB", "{:,.1f}"), "compile_s": ("compile", "{:.1f} s"), "host_gap": ("host", "{:.1%}"),
-    "ratio": ("speed", "{:.2f}"),
+    "memory_mib": ("MiB", "{:,.1f}"), "compile_s": ("compile", "{:.1f} s"), "ratio": ("speed", "{:.2f}"),
 }  # fmt: skip
+RATES = {"tokens": ("tokens_per_second", 1.0), "flops": ("gflops", 1e9), "bytes": ("gbytes", 1e9)}
+SHARES = ("roofline", "mfu", "mbu")  # of the shortest time, which a contender has in seconds, as roofline_s
 
 
 class Contender(NamedTuple):
@@ -37,6 +38,7 @@ class Contender(NamedTuple):
     implementation: str
     call: Callable[[], Any] | None
     figures: Row
+    expected: list[np.ndarray] | None = None  # leaves of what it should return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +82,59 @@ class Output:
     def _compare(self, now: Row, then: Row) -> None:
         for what in ("benchmark", "device"):
             if now[what] != then.get(what):
-                raise ConfigError(
-                    f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}: make another"
-                )
-        known = {(row["name"], row["implementation"]): row.get("relative") for row in then["rows"]}
-        slower, compared = [], 0
-        for row in now["rows"]:
-            if (quartiles := row.get("relative")) and (old := known.get((row["name"], row["implementation"]))):
-                compared += 1
-                if quartiles[0] > old[1] * (1 + self.tolerance):
-                    slower.append(
-                        f"{row['name']} {row['implementation']} takes {quartiles[1] / old[1]:.2f} times as long"
-                    )
+                both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
+                raise ConfigError(f"{both}; make another with --save-baseline")
+        known, found = _quartiles(then), _quartiles(now)
+        pairs = {name: (found[name], known[name]) for name in found if name in known}
+        slower = [
+            f"{name} takes {new[1] / old[1]:.2f} times as long"
+            for name, (new, old) in pairs.items()
+            if new[0] > old[1] * (1 + self.tolerance)
+        ]
         if slower:
             raise SlowerError(f"slower than {self.baseline}: {'; '.join(slower)}")
-        note(f"{compared} of the {len(known)} rows of {self.baseline} compared: none is slower")
+        note(f"{len(pairs)} of the {len(known)} times in {self.baseline} compared: none is slower")
+
+
+def _quartiles(document: Row) -> dict[str, list[float]]:
+    timed = [row for row in document["rows"] if "relative" in row]
+    return {f"{row['name']} {row['implementation']}": row["relative"] for row in timed}
+
+
+def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
+    """The figures of each contender, its largest error over the largest expected entry, and its time: `ms` the median,
+    `spread` half the distance of the quartiles over it, `relative` the quartiles of its time over the yardstick's,
+    `ratio` the speed over that of the first of its name, a median over rounds; the rates and shares that follow. Where
+    calls return texts, as lists of tokens, those that are equal to the first one's are counted."""
+    rows = []
+    for name, group in groupby(contenders, lambda contender: contender.name):
+        timed, texts = [], None
+        for _, implementation, call, figures, expected in group:
+            rows.append(row := {"name": name, "implementation": implementation, **figures})
+            if call is None:
+                continue
+            try:
+                result = jax.block_until_ready(call())
+            except RuntimeError as error:  # such as a peer's compiler that is not there
+                row["reason"] = first_line(error)
+                continue
+            timed.append((row, call))
+            if expected is not None:
+                pairs = zip(jax.tree.leaves(result), expected, strict=True)
+                row["error"] = max(float(np.abs(np.asarray(a, float) - b).max() / np.abs(b).max()) for a, b in pairs)
+            if isinstance(result, list):
+                texts = texts or result
+                equal = sum(a == b for a, b in zip(texts, result, strict=True))
+                row["reason"] = f"{equal} of {len(result)} texts equal"
+        if timed:
+            samples = _samples([_yardstick(), *(call for _, call in timed)], rounds)
+            for (row, _), seconds in zip(timed, samples[1:], strict=True):
+                row |= _times(row, seconds, yardstick=samples[0], first=samples[1])
+    return rows
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
 def _yardstick() -> Callable[[], Any]:
@@ -104,52 +144,24 @@ def _yardstick() -> Callable[[], Any]:
     return lambda: compiled(a, b)
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    began = time.perf_counter()
-    for _ in range(repeats):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - began) / repeats
+def _samples(calls: list[Callable[[], Any]], rounds: int) -> np.ndarray:
+    """Seconds of one call [calls, rounds]."""
+
+    def seconds(call: Callable[[], Any], repeats: int) -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - began) / repeats
+
+    repeats = [max(1, round(SHORTEST / max(seconds(call, 1), 1e-9))) for call in calls]
+    return np.array([list(map(seconds, calls, repeats)) for _ in range(rounds)]).T
 
 
-def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
-    """The figures of each contender and its time: `ms` the median, `spread` half the distance of the quartiles over
-    it, `relative` the quartiles of its time over the yardstick's, `ratio` the speed over that of the first of its name,
-    a median over rounds. Where calls return texts, as tokens, those that differ from the first one's are counted."""
-    rows = []
-    for name, group in groupby(contenders, lambda contender: contender.name):
-        calls, texts, here = [_yardstick()], [], []
-        for _, implementation, call, figures in group:
-            here.append(row := {"name": name, "implementation": implementation, **figures})
-            if call is None:
-                continue
-            try:
-                result = jax.block_until_ready(call())
-            except RuntimeError as error:  # such as a peer's compiler that is not there
-                row["reason"] = first_line(error)
-                continue
-            row["column"] = len(calls)
-            calls.append(call)
-            if isinstance(result, list):
-                texts.append(result)
-                row["reason"] = (
-                    f"{sum(a == b for a, b in zip(texts[0], result, strict=True))} of {len(result)} texts equal"
-                )
-        repeats = [max(1, round(SHORTEST / max(_seconds(call, 1), 1e-9))) for call in calls]
-        samples = np.array([[_seconds(*one) for one in zip(calls, repeats, strict=True)] for _ in range(rounds)])
-        for row in here:
-            if column := row.pop("column", None):
-                row |= _times(samples[:, column], samples[:, 0], samples[:, 1])
-        rows += here
-    return rows
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-
-
-def _times(seconds: np.ndarray, yardstick: np.ndarray, first: np.ndarray) -> Row:
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    times = {"ms": 1e3 * median, "spread": (high - low) / 2 / median, "ratio": np.median(first / seconds)}
+def _times(row: Row, seconds: np.ndarray, yardstick: np.ndarray, first: np.ndarray) -> Row:
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     relative = np.quantile(seconds / yardstick, [0.25, 0.5, 0.75]).tolist()
-    return {key: float(value) for key, value in times.items()} | {"relative": relative}
+    spread, ratio = (high - low) / 2 / median, float(np.median(first / seconds))
+    times = {"ms": 1e3 * median, "spread": spread, "ratio": ratio, "relative": relative}
+    rates = {rate: row[amount] / unit / median for amount, (rate, unit) in RATES.items() if amount in row}
+    return times | rates | {share: row[f"{share}_s"] / median for share in SHARES if f"{share}_s" in row}

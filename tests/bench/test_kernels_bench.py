@@ -1,6 +1,7 @@
 """Every implementation against its oracle, and the figures that say how far from the roofline it is."""
 
-from typing import Any
+import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,30 +9,35 @@ import numpy as np
 import pytest
 
 from jaxgpt.bench import kernels, operations
-from jaxgpt.bench.kernels import absent_devices, contenders, with_roofline
+from jaxgpt.bench.kernels import absent_devices, contenders
 from jaxgpt.bench.operations import OPERATIONS, PRESETS, Operation, Sizes, parse_sizes
+from jaxgpt.bench.report import Contender, Row, measure
 from jaxgpt.errors import ConfigError
 
 TINY = parse_sizes("small,B=2,T=16,D=24,H=4,G=2,K=8,F=40,V=50,E=4")
 
 
+def rows_of(name: str, dtype: str = "float32") -> list[Row]:
+    return measure(contenders([name], TINY, dtype), rounds=1)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_implementation_is_right(name: str) -> None:
     """In float32, values and gradients; the largest error over the largest entry."""
-    found = list(contenders([name], TINY, "float32"))
-    assert {c.figures["error"] < 2e-6 for c in found if c.call} == {True}
+    rows = rows_of(name)
+    assert {row["error"] < 2e-6 for row in rows if "ms" in row} == {True}
     passes = 1 if name in ("decode", "optimizer") else 2
-    assert len(found) == passes * len(OPERATIONS[name](TINY, "cpu").implementations)
+    assert len(rows) == passes * len(OPERATIONS[name](TINY, "cpu").implementations)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "optimizer"])
 def test_bfloat16_is_compared_with_the_same_rounded_inputs(name: str) -> None:
-    errors = [c.figures["error"] for c in contenders([name], TINY, "bfloat16") if c.call]
-    assert all(1e-5 < error < 0.05 or name == "loss" for error in errors), errors
+    errors = [row["error"] for row in rows_of(name, "bfloat16") if "ms" in row]
+    assert errors and all(1e-5 < error < 0.05 or name == "loss" for error in errors), errors
 
 
 def test_a_wrong_implementation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that lets a query see the next key, and one that forgets part of a gradient."""
+    """One that is a little off, and one that forgets part of a gradient."""
 
     def broken(sizes: Sizes, platform: str) -> Operation:
         operation = OPERATIONS["norm"](sizes, platform)
@@ -39,27 +45,26 @@ def test_a_wrong_implementation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         return operation._replace(implementations=wrong)
 
     monkeypatch.setitem(operations.OPERATIONS, "broken", broken)
-    shifted, stopped, shifted_gradient, stopped_gradient = contenders(["broken"], TINY, "float32")
-    assert shifted.figures["error"] > 1e-4 > stopped.figures["error"]
-    assert shifted_gradient.figures["error"] < 1e-4 < stopped_gradient.figures["error"]
+    shifted, stopped, shifted_gradient, stopped_gradient = rows_of("broken")
+    assert shifted["error"] > 1e-4 > stopped["error"]
+    assert shifted_gradient["error"] < 1e-4 < stopped_gradient["error"]
 
 
 def test_what_cannot_run_here_is_listed_with_the_reason() -> None:
-    reasons = {c.implementation: c.figures["reason"] for c in contenders(["attention"], TINY, "float32") if not c.call}
+    reasons = {row["implementation"]: row["reason"] for row in rows_of("attention") if "ms" not in row}
     assert reasons == {"jax.nn cudnn": "only on an NVIDIA GPU", "splash": "only on a TPU"}
 
 
 def test_the_roofline_is_the_nearer_of_two_bounds() -> None:
+    """Of work that could take 10 ms for its operations, and of work that could take 10 ms for its bytes."""
     limits = {"GFLOP/s": 100.0, "GB/s": 10.0}
-    rows: list[dict[str, Any]] = [
-        {"ms": 20.0, "flops": 1e9, "bytes": 1e6},  # could take 10 ms for its operations
-        {"ms": 20.0, "flops": 1e6, "bytes": 1e8},  # could take 10 ms for its bytes
-        {"reason": "not here"},
-    ]
-    compute, memory, absent = with_roofline(rows, limits)
-    assert compute["roofline"] == memory["roofline"] == pytest.approx(0.5)
-    assert compute["gflops"] == pytest.approx(50) and memory["gbytes"] == pytest.approx(5)
-    assert compute["intensity"] == 1000 and "roofline" not in absent
+    sleep = functools.partial(time.sleep, 0.02)
+    kinds = {"compute": kernels.needs(1e9, 1e6, limits), "memory": kernels.needs(1e6, 1e8, limits)}
+    compute, memory = measure([Contender(name, "a", sleep, needs) for name, needs in kinds.items()], rounds=3)
+    for row in (compute, memory):
+        assert row["roofline"] == pytest.approx(10 / row["ms"]) and 0.2 < row["roofline"] <= 0.5
+    assert compute["gflops"] == pytest.approx(1e3 / compute["ms"]) and compute["intensity"] == 1000
+    assert memory["gbytes"] == pytest.approx(1e2 / memory["ms"])
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp", "loss"])
@@ -109,6 +114,6 @@ def test_an_unknown_device_is_refused() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_compile_for_a_tpu(name: str) -> None:
     sizes = parse_sizes("gpt2,B=1,E=2,T=256,V=1024")
-    rows = list(kernels.compiled_for(["v5e:2x2"], [name], sizes, "bfloat16"))
+    rows = measure(contenders([name], sizes, "bfloat16", "v5e:2x2"), rounds=1)
     assert {row["reason"] for row in rows} <= {"compiles", "only on an NVIDIA GPU"}
     assert any(row["implementation"] == "splash" for row in rows) == (name == "attention")
