@@ -66,7 +66,8 @@ def train(arguments: list[str], program: str) -> None:
     config = training_config(arguments, program)
     from jaxgpt.training.loop import train
 
-    train(config)
+    with kept_programs():
+        train(config)
 
 
 def prepare(arguments: list[str], program: str) -> None:
