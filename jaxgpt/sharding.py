@@ -30,26 +30,18 @@ PARAMETER = ACTIVATION | {"D": "fsdp"}
 
 def spec(axes: str) -> jax.P:
     """PartitionSpec of an activation, one letter per dimension."""
-    return jax.P(*(ACTIVATION.get(letter) for letter in axes))
+    return jax.P(*map(ACTIVATION.get, axes))
 
 
-def _has_mesh() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty
-
-
-def out_sharding(axes: str) -> jax.P | None:
-    """For `out_sharding=` arguments: the result's PartitionSpec, or None while no mesh is set."""
-    return spec(axes) if _has_mesh() else None
+def out_sharding(axes: str, table: dict = ACTIVATION) -> jax.P | None:
+    """For `out_sharding=` arguments: the result's PartitionSpec, or None while no mesh is set. With the table PARAMETER
+    where a stored parameter is born: as an activation, and along D over fsdp."""
+    return None if jax.sharding.get_abstract_mesh().empty else jax.P(*map(table.get, axes))
 
 
 def shard(x: Array, axes: str) -> Array:
     """Lay an activation, or a parameter about to be used, out as its letters say."""
-    return jax.sharding.reshard(x, spec(axes)) if _has_mesh() else x
-
-
-def parameter_sharding(axes: str) -> jax.P | None:
-    """Where a stored parameter is born: as an activation, and along D over fsdp."""
-    return jax.P(*map(PARAMETER.get, axes)) if _has_mesh() else None
+    return x if (where := out_sharding(axes)) is None else jax.sharding.reshard(x, where)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

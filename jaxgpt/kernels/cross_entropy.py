@@ -4,7 +4,7 @@
 autodiff keeps them twice. Here the sequence is cut into chunks; each chunk's logits become its loss and, when
 gradients are wanted, its part of them at once, and are dropped. No product is computed twice.
 
-Letters: B batch, T length, D model width, V vocabulary, C chunks."""
+Letters: `jaxgpt/sharding.py`, and C chunks."""
 
 import functools
 from typing import NamedTuple

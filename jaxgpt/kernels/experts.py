@@ -2,7 +2,7 @@
 
 Tokens are sorted by expert, so that each expert's are one group of rows of a ragged product. Under a mesh every device
 sorts its own tokens and multiplies with its part of F; the parts are added up over `tensor`.
-Letters: B batch, T length, D model width, E experts, M experts of a token, F feed-forward width, N = B T M rows."""
+Letters: `jaxgpt/sharding.py`, M experts of a token, N = B T M rows."""
 
 from collections.abc import Callable
 
