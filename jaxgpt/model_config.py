@@ -3,6 +3,7 @@
 The comment beside or above a field is its explanation on the command line."""
 
 import dataclasses
+import itertools
 import math
 import tomllib
 from dataclasses import dataclass
@@ -128,10 +129,11 @@ class ModelConfig(Section):
             require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
-        plain = self.gated_mlp and not self.mlp_bias
-        legal = not self.n_experts or (self.experts_per_token <= self.n_experts and plain)
-        need = "experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts"
-        require(legal, f"model.n_experts {self.n_experts}: {need}")
+        if self.n_experts:
+            legal = self.gated_mlp and not self.mlp_bias and self.experts_per_token <= self.n_experts
+            require(
+                legal, f"model.n_experts {self.n_experts}: they need gated_mlp, no mlp_bias, experts_per_token <= it"
+            )
         if self.rope_scaling == "longrope":
             sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
             require(len(sizes) == 1, f"model.rope_long_factors: longrope needs {self.rotary_dim // 2} of each")
@@ -165,11 +167,8 @@ class ModelConfig(Section):
     @property
     def layer_windows(self) -> tuple[int, ...]:
         """The window of each layer; 0 where the layer sees everything."""
-        return self._each_layer(self.windows or (0,))
+        return tuple(itertools.islice(itertools.cycle(self.windows or (0,)), self.n_layers))
 
     @property
     def layers_rotate(self) -> tuple[bool, ...]:
-        return self._each_layer(self.rotary_layers or (True,))
-
-    def _each_layer(self, pattern: tuple) -> tuple:
-        return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
+        return tuple(itertools.islice(itertools.cycle(self.rotary_layers or (True,)), self.n_layers))
