@@ -68,9 +68,11 @@ class Job:
                 first, last = (lines * i // self.shard[1] for i in (self.shard[0], self.shard[0] + 1))
                 if before := output.written:
                     note(f"going on after {before} of {last - first} lines")
-                errors = _answer_lines(self, engine, encode_chat, output, range(first, last))
+                _answer_lines(self, engine, encode_chat, output, range(first, last))
                 output.finish()
-                figures = f"{errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
+                figures = (
+                    f"{output.errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
+                )
                 note(f"{last - first - before} lines answered now, {figures}")
             note(f"{self.output} is complete")
 
@@ -86,7 +88,7 @@ class _Output(contextlib.ExitStack):
         known = marker.read_text() if marker.exists() else None
         if known != identity and (known or path.exists() or self._part.exists()):
             raise ConfigError(f"output {path}: it is there, of another job; remove it or choose another name")
-        self.complete, self.written = path.exists(), 0
+        self.complete, self.written, self.errors = path.exists(), 0, 0
         self._waiting: dict[int, bytes] = {}
         self._synced = time.monotonic()
         if not self.complete:
@@ -99,6 +101,7 @@ class _Output(contextlib.ExitStack):
 
     def put(self, index: int, record: dict[str, Any]) -> None:
         """Write a record as soon as all before it are written."""
+        self.errors += record.get("error") is not None
         self._waiting[index] = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         while self.written in self._waiting:
             append(self._file, self._waiting.pop(self.written))
@@ -113,13 +116,11 @@ class _Output(contextlib.ExitStack):
         sync(self._path.parent)
 
 
-def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Output, part: range) -> int:
-    """Answer what is left of a part of the lines; returns how many are errors."""
+def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Output, part: range) -> None:
+    """Answer what is left of a part of the lines."""
     begun: dict[int, tuple[Line, dict[int, Completion]]] = {}
-    errors = 0
 
     def requests() -> Iterator[Request]:
-        nonlocal errors
         left = itertools.islice(job.lines(), part.start + output.written, part.stop)
         for index, (number, raw) in enumerate(left, output.written):
             try:
@@ -130,7 +131,6 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 prompt = encode_chat(params.messages) if params.messages else params.prompt
                 made = engine.requests(params.prompt_token_ids or [] if prompt is None else prompt, params, index)
             except (ConfigError, BadFileError) as error:
-                errors += 1
                 output.put(index, error_answer(raw or b"", number, str(error)))
                 continue
             begun[index] = line, {}
@@ -152,5 +152,4 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
                 full = engine.used / max(engine.places, 1)
                 figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
-                bar.update(output.written, f"{figures}  {errors} errors", due=due)
-    return errors
+                bar.update(output.written, f"{figures}  {output.errors} errors", due=due)
