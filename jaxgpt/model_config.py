@@ -61,8 +61,7 @@ class ModelConfig(Section):
     d_ff: int | None = None  # Hidden width of the feed-forward network (F). Default: 4 * d_model.
     context_length: int = 1024  # Tokens in one training sequence, and the largest position.
     vocab_size: int | None = None  # Vocabulary (V). Default: that of the tokenizer.
-    # How the model knows the order of tokens.
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    positions: Literal["learned", "rotary", "none"] = "learned"  # How the model knows the order of tokens.
     rope_theta: float = 10_000.0  # Base of the rotary frequencies.
     # Base on the layers that have a window, where nothing is scaled. Default: as on the others.
     local_rope_theta: float | None = None
@@ -125,8 +124,6 @@ class ModelConfig(Section):
             require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
             even = self.rotary_dim % 2 == 0 < self.rotary_dim
             require(even, f"model.rope_fraction {self.rope_fraction} of {self.key_dim} is odd")
-        if self.positions == "sinusoidal":
-            require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         if self.n_experts:
