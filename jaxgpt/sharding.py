@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig
+from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig, require
 
 PyTree = TypeVar("PyTree")
 
@@ -71,8 +71,7 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
         ("sequences at a time", batch_size, "mesh.data * mesh.fsdp", mesh.shape["data"] * fsdp),
     ]
     for name, size, axis, parts in cuts:
-        if size % parts:
-            raise ConfigError(f"{name} {size} does not divide over {axis} {parts}; change one of them")
+        require(size % parts == 0, f"{name} {size} does not divide over {axis} {parts}; change one of them")
 
 
 def batch_parts() -> int:
@@ -92,8 +91,7 @@ def place_shapes(tree: PyTree) -> PyTree:
     mesh = jax.sharding.get_mesh()
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None)
-        where = sharding.spec if isinstance(sharding, NamedSharding) else jax.P()
+        where = getattr(getattr(leaf, "sharding", None), "spec", jax.P())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, where))
 
     return jax.tree.map(place, tree)

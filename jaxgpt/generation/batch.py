@@ -20,6 +20,7 @@ from jaxgpt.files import append, bounded_lines, locked, sync, write_atomically
 from jaxgpt.generation.engine import Completion, Engine, Request
 from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.model_config import require
 from jaxgpt.progress import Bar, clock
 
 LONGEST_LINE = 16 * 2**20  # bytes of an input line
@@ -38,14 +39,13 @@ class Job:
     shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shard[0] < self.shard[1]:
-            raise ConfigError(f"shard {self.shard[0]}/{self.shard[1]}: the first must be below the second")
+        i, n = self.shard
+        require(0 <= i < n, f"shard {i}/{n}: the first must be below the second")
         if not self.input.is_file():
             raise BadFileError(f"input {self.input}: there is no such file; name a file with one request a line")
         if not self.output.parent.is_dir():
             raise StorageError(f"output {self.output}: there is no directory {self.output.parent}; make it")
-        if self.output.is_dir():
-            raise ConfigError(f"output {self.output}: it is a directory; name a file")
+        require(not self.output.is_dir(), f"output {self.output}: it is a directory; name a file")
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Number and content of each line that is not blank; None for one that is too long."""

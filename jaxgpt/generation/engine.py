@@ -21,6 +21,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
+from jaxgpt.model_config import require
 from jaxgpt.sharding import batch_parts, out_sharding, spec
 from jaxgpt.tokenizer import Tokenizer
 
@@ -136,8 +137,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        if params.logprobs is not None:
-            raise ConfigError("logprobs: a stream has none; leave it out, or use Engine.generate")
+        require(params.logprobs is None, "logprobs: a stream has none; leave it out, or use Engine.generate")
         waiting = self.requests(prompt, params)
         return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 
@@ -166,11 +166,9 @@ class Engine:
             self.truncated += 1
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
-        if params.top_k > vocabulary:
-            raise ConfigError(f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
+        require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
         ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
-        if len(ends) > MAX_ENDS:
-            raise ConfigError(f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
+        require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
         return [Request(ids, params, ends, sample, tag) for sample in range(params.num_samples)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:

@@ -85,18 +85,18 @@ class Rules(NamedTuple):
         bias = dict(params.logit_bias)
         floats = ("temperature", "top_p", "min_p", "typical_p")
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+        def padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:
+            return np.array([*values, *[fill] * size][:size], dtype)
+
         return cls(
             prompt_length=np.int32(prompt_length), end=np.int32(min(prompt_length + params.max_new_tokens, context)),
-            first_end=np.int32(prompt_length + params.min_new_tokens), end_ids_E=_padded(ends, MAX_ENDS, -1, np.int32),
+            first_end=np.int32(prompt_length + params.min_new_tokens), end_ids_E=padded(ends, MAX_ENDS, -1, np.int32),
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
-            bias_ids_N=_padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
-            bias_N=_padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
+            bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
+            bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip
-
-
-def _padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:
-    return np.array([*values, *[fill] * size][:size], dtype)
 
 
 NO_RULES = Rules.of(SamplingParams(temperature=0), 0, 1, (), 0)  # of a slot without a text that goes on

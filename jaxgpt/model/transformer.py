@@ -20,6 +20,12 @@ from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
 Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, so that each is updated in place
+_KEPT: dict[str, Callable | None] = {  # for the backward pass, by `config.remat`
+    # All but weights that were gathered over fsdp: all layers' together are the whole model.
+    "none": lambda primitive, *_, **__: primitive.name != "reshard",
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
 _run_cached = jax.jit(Block.__call__)  # of SmolLM2's 30 layers one is traced: a second less before its first token
 
 
@@ -97,7 +103,8 @@ class Transformer(nnx.Module):
             x_BTD, _, losses = layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)
             return x_BTD, losses
 
-        run = _rematerialised(run, config.remat)
+        if config.remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
+            run = jax.checkpoint(run, policy=_KEPT[config.remat])
         windows = config.layer_windows
         keys = None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
@@ -146,18 +153,6 @@ class Transformer(nnx.Module):
         """Float32 scores [B, T, V] of the next token, V the true vocabulary."""
         logits_BTV = output_logits(x_BTD, self.output_embedding(), self.config.logit_softcap)
         return shard(logits_BTV, "BT_")[..., : self.config.vocab_size]
-
-
-def _rematerialised(function: Callable, policy: str) -> Callable:
-    """`none` keeps all but weights that were gathered over fsdp: all layers' together are the whole model."""
-    if policy == "none" and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
-        return function
-    kept = {
-        "none": lambda primitive, *_, **__: primitive.name != "reshard",
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": None,
-    }
-    return jax.checkpoint(function, policy=kept[policy])
 
 
 def new_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
