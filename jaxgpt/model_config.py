@@ -121,9 +121,8 @@ class ModelConfig(Section):
         uneven = f"model.n_heads {heads} does not divide by model.n_kv_heads {self.n_kv_heads}; change one of them"
         require(heads % self.kv_heads == 0, uneven)
         if self.positions == "rotary":
-            require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
-            even = self.rotary_dim % 2 == 0 < self.rotary_dim
-            require(even, f"model.rope_fraction {self.rope_fraction} of {self.key_dim} is odd")
+            even, named = self.rotary_dim % 2 == 0 < self.rotary_dim, f"model.head_dim {self.key_dim}"
+            require(even, f"{named} times model.rope_fraction {self.rope_fraction} must be even for rotary positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         if self.n_experts:

@@ -28,14 +28,9 @@ ACTIVATION = {"B": ("data", "fsdp"), "H": "tensor", "G": "tensor", "F": "tensor"
 PARAMETER = ACTIVATION | {"D": "fsdp"}
 
 
-def spec(axes: str) -> jax.P:
-    """PartitionSpec of an activation, one letter per dimension."""
-    return jax.P(*map(ACTIVATION.get, axes))
-
-
 def out_sharding(axes: str, table: dict = ACTIVATION) -> jax.P | None:
-    """For `out_sharding=` arguments: the result's PartitionSpec, or None while no mesh is set. With the table PARAMETER
-    where a stored parameter is born: as an activation, and along D over fsdp."""
+    """The PartitionSpec of an activation, one letter per dimension, or None while no mesh is set. With the table
+    PARAMETER where a stored parameter is born: as an activation, and along D over fsdp."""
     return None if jax.sharding.get_abstract_mesh().empty else jax.P(*map(table.get, axes))
 
 
@@ -82,7 +77,7 @@ def batch_parts() -> int:
 
 def place_batch(batch: PyTree) -> PyTree:
     """Put a tree of this process's rows, [B, T] arrays of the host, on the devices of the current mesh."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec("BT"))
+    sharding = NamedSharding(jax.sharding.get_mesh(), jax.P(ACTIVATION["B"], None))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 

@@ -157,7 +157,7 @@ ILLEGAL: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, dict(dropout=NAN), "model.dropout is nan"),
     (ModelConfig, dict(norm_epsilon=-1e-5), "model.norm_epsilon is -1e-05"),
     (ModelConfig, dict(rope_theta=INF), "model.rope_theta is inf: it must be between 1 and 1e+30"),
-    (ModelConfig, dict(head_dim=5, positions="rotary"), "model.head_dim 5 must be even"),
+    (ModelConfig, dict(head_dim=5, positions="rotary"), "model.head_dim 5 times model.rope_fraction 1.0 must be even"),
     (ModelConfig, dict(attention_softcap=0.0), "_softcap is 0.0"),
     (ModelConfig, dict(logit_softcap=INF), "_softcap is inf"),
     (ModelConfig, dict(logit_softcap=NAN), "_softcap is nan"),

@@ -22,7 +22,7 @@ from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill,
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.model_config import require
-from jaxgpt.sharding import batch_parts, out_sharding, spec
+from jaxgpt.sharding import batch_parts, out_sharding
 from jaxgpt.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at least this often
@@ -182,7 +182,8 @@ class Engine:
             texts |= {slot: _Text(each, self._tokenizer) for slot, each in new.items()}
             if not texts:
                 break
-            slots = self._fill(self._fit(slots, prompts, texts), prompts, new)
+            slots = self._fit(slots, prompts, texts)
+            slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
             stopped = self._put(np.array([slot not in texts for slot in range(self._slots)]), "B")
             steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
@@ -216,11 +217,9 @@ class Engine:
         return resize(slots, length)
 
     def _put(self, array: np.ndarray, axes: str) -> Array:
-        return jax.device_put(array, spec(axes))
+        return jax.device_put(array, out_sharding(axes))
 
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
-        if not new:
-            return slots
         length, context = slots.tokens_BS.shape[1], self._model.config.context_length
         tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
         for slot, (ids, params, ends, sample, _) in new.items():

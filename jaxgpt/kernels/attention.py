@@ -51,9 +51,8 @@ def causal_attention(
     T = q_BTHK.shape[1]
     size = max(128, -(-T // 8))
     block = jax.checkpoint(attention, static_argnums=(4, 5))
-    parts = ((slice(end - size, end), slice(0, end)) for end in range(size, T + size, size))
-    outs = [
-        block(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTT[:, rows, keys], softcap, scale)
-        for rows, keys in parts
-    ]
+    outs = []
+    for end in range(size, T + size, size):
+        rows, keys = slice(end - size, end), slice(0, end)
+        outs.append(block(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTT[:, rows, keys], softcap, scale))
     return jnp.concatenate(outs, axis=1)

@@ -68,9 +68,8 @@ def _in_chunks(
             dlogits *= 1 - jnp.square(jnp.clip(logits / options.softcap, -1, 1))  # 0 at the padding rows' -1e38
         dlogits = dlogits.astype(x.dtype)
         dx = jnp.einsum("BTV,VD->BTD", dlogits, w_VD, out_sharding=out_sharding("BTD"))
-        dw_VD += jnp.einsum(
-            "BTV,BTD->VD", dlogits, x, preferred_element_type=jnp.float32, out_sharding=out_sharding("VD")
-        )
+        where = out_sharding("VD")
+        dw_VD += jnp.einsum("BTV,BTD->VD", dlogits, x, preferred_element_type=jnp.float32, out_sharding=where)
         return (total, dw_VD), (losses, dx)
 
     def split(a: Array) -> Array:  # [B, T, ...] -> [C, B, T / C, ...]
