@@ -127,9 +127,8 @@ class ModelConfig(Section):
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         if self.n_experts:
             legal = self.gated_mlp and not self.mlp_bias and self.experts_per_token <= self.n_experts
-            require(
-                legal, f"model.n_experts {self.n_experts}: they need gated_mlp, no mlp_bias, experts_per_token <= it"
-            )
+            need = "experts need gated_mlp, no mlp_bias, experts_per_token <= n_experts"
+            require(legal, f"model.n_experts {self.n_experts}: {need}")
         if self.rope_scaling == "longrope":
             sizes = {len(self.rope_short_factors), len(self.rope_long_factors), self.rotary_dim // 2}
             require(len(sizes) == 1, f"model.rope_long_factors: longrope needs {self.rotary_dim // 2} of each")
