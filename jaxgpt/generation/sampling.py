@@ -30,6 +30,8 @@ class SamplingParams(Section):
     top_k: int = 0  # Choose among this many most probable tokens (more where several are equal); 0 is all.
     top_p: float = 1.0  # Choose among the most probable tokens that together reach this (arXiv:1904.09751).
     min_p: float = 0.0  # Choose among tokens of at least this share of the largest probability (arXiv:2407.01082).
+    # Choose among the tokens nearest to the expected surprise that together reach this (arXiv:2202.00666).
+    typical_p: float = 1.0
     # Divides the positive logits of all tokens so far, and multiplies the negative ones (arXiv:1909.05858).
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0  # Subtracted from the logits of tokens that were generated.
@@ -69,6 +71,7 @@ class Rules(NamedTuple):
     top_k: Numbers
     top_p: Numbers
     min_p: Numbers
+    typical_p: Numbers
     repetition_penalty: Numbers
     presence_penalty: Numbers
     frequency_penalty: Numbers
@@ -80,7 +83,8 @@ class Rules(NamedTuple):
     def of(cls, params: SamplingParams, prompt_length: int, context: int, ends: tuple, sample: int) -> "Rules":
         """The rules of one sample of a request that `ends` end."""
         bias = dict(params.logit_bias)
-        floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        floats = ("temperature", "top_p", "min_p", "typical_p")
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
         def padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:
             return np.array([*values, *[fill] * size][:size], dtype)
@@ -91,7 +95,7 @@ class Rules(NamedTuple):
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
             bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
             bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
-            **{name: np.float32(getattr(params, name)) for name in floats},
+            **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip
 
 
@@ -100,8 +104,8 @@ NO_RULES = Rules.of(SamplingParams(temperature=0), 0, 1, (), 0)  # of a slot wit
 
 def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
     """The next token of each slot, int32 [B]: edit the scores, then greedy, or temperature, filters and a draw. The
-    order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p. Of equal scores
-    greedy takes the lowest id."""
+    order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p. Of
+    equal scores greedy takes the lowest id."""
     scores_BV = _edit(logits_BV, rules, tokens_BS, lengths_B)
     greedy_B = scores_BV.argmax(-1).astype(jnp.int32)
 
@@ -157,8 +161,17 @@ def _filter(x_BV: Array, rules: Rules) -> Array:
         cut_B = jnp.maximum(cut_B, highest_B + jnp.log(rules.min_p))
         return jnp.where(x_BV >= cut_B[:, None], x_BV, -jnp.inf)
 
+    def typical(x_BV: Array) -> Array:
+        log_p_BV = jax.nn.log_softmax(x_BV)
+        p_BV = jnp.exp(log_p_BV)
+        entropy_B = -jnp.where(p_BV > 0, p_BV * log_p_BV, 0).sum(-1)
+        nearness_BV = -jnp.abs(-log_p_BV - entropy_B[:, None])
+        kept_BV = nearness_BV >= lowest_kept(nearness_BV, p_BV, rules.typical_p)[:, None]
+        return jnp.where(kept_BV | (rules.typical_p >= 1)[:, None], x_BV, -jnp.inf)
+
     filtered_B = (rules.top_k > 0) | (rules.top_p < 1) | (rules.min_p > 0)
-    return jax.lax.cond(filtered_B.any(), top, lambda x_BV: x_BV, x_BV)
+    x_BV = jax.lax.cond(filtered_B.any(), top, lambda x_BV: x_BV, x_BV)
+    return jax.lax.cond((rules.typical_p < 1).any(), typical, lambda x_BV: x_BV, x_BV)
 
 
 def lowest_kept(x_BV: Array, weights_BV: Array, wanted_B: Array) -> Array:

@@ -315,7 +315,7 @@ def test_a_complete_text_asks_for_nothing_any_more(mesh_of: Callable[..., Any], 
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer, slots=3)
         settings = [
-            SamplingParams(2, top_p=0.5, repetition_penalty=2.0),
+            SamplingParams(2, top_p=0.5, typical_p=0.5, repetition_penalty=2.0),
             replace(GREEDY, max_new_tokens=30),
         ]
         engine.generate(["x", "y"], settings)
@@ -323,7 +323,7 @@ def test_a_complete_text_asks_for_nothing_any_more(mesh_of: Callable[..., Any], 
         assert slots is not None
         rules = jax.device_get(slots.rules)
     assert rules.temperature.tolist() == [0, 0, 0] and rules.repetition_penalty.tolist() == [1, 1, 1]
-    assert rules.top_p.tolist() == [1, 1, 1]
+    assert rules.top_p.tolist() == rules.typical_p.tolist() == [1, 1, 1]
 
 
 def test_a_character_is_never_split_in_a_stream(tokenizer: Tokenizer) -> None:
@@ -405,7 +405,7 @@ def test_other_settings_run_the_same_program(mesh_of: Callable[..., Any], tokeni
         before = [program._cache_size() for program in programs]
         for params in (
             SamplingParams(max_new_tokens=7, temperature=0.3, top_k=5, top_p=0.5, seed=9),
-            SamplingParams(max_new_tokens=31, min_p=0.1, logprobs=2, stop=("x",), stop_token_ids=(7,)),
+            SamplingParams(max_new_tokens=31, min_p=0.1, typical_p=0.9, logprobs=2, stop=("x",), stop_token_ids=(7,)),
             SamplingParams(presence_penalty=0.1, logit_bias=((3, 1.0),), num_samples=9, ignore_eos=True),
         ):
             engine.generate(["def g(y):", "z" * 70][: 1 + params.num_samples], params)

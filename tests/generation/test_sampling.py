@@ -53,17 +53,23 @@ def expected(logits_V: np.ndarray, params: SamplingParams, text: list[int]) -> n
     before = np.cumsum(p[order]) - p[order]
     p[order[before >= params.top_p]] = 0
     p[p < params.min_p * p.max()] = 0
+    p /= p.sum()
+    if params.typical_p < 1:
+        surprise = -np.log(np.where(p > 0, p, 1)) + np.where(p > 0, 0, np.inf)
+        order = np.argsort(np.abs(surprise - (p[p > 0] * surprise[p > 0]).sum()))
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= params.typical_p]] = 0
     return p / p.sum()
 
 
 CASES: dict[str, dict[str, Any]] = {
     "temperature": dict(temperature=0.5), "hot": dict(temperature=2.0), "top-k": dict(top_k=5), "one": dict(top_k=1),
     "top-p": dict(top_p=0.6), "only the first": dict(top_p=1e-6), "min-p": dict(min_p=0.2),
-    "repetition": dict(repetition_penalty=1.7), "presence": dict(presence_penalty=1.5),
+    "typical": dict(typical_p=0.5), "repetition": dict(repetition_penalty=1.7), "presence": dict(presence_penalty=1.5),
     "frequency": dict(frequency_penalty=0.9), "bias": dict(logit_bias=((2, 3.0), (5, -100.0))),
     "no end yet": dict(min_new_tokens=9, stop_token_ids=(0, 4)), "top-k and top-p": dict(top_k=7, top_p=0.8),
     "all": dict(
-        temperature=1.3, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.2, presence_penalty=0.3,
+        temperature=1.3, top_k=9, top_p=0.9, min_p=0.05, typical_p=0.8, repetition_penalty=1.2, presence_penalty=0.3,
         frequency_penalty=0.2, logit_bias=((1, 1.0),),
     ),
 }  # fmt: skip
@@ -115,7 +121,7 @@ def test_a_cut_keeps_just_enough(values: list[float], data: st.DataObject) -> No
     + [("temperature", value) for value in (float("nan"), -1.0, float("inf"), 1e-30)]
     + [("top_p", value) for value in (0.0, 1.1, float("nan"))]
     + [("min_p", value) for value in (-0.1, 1.1, float("nan"))]
-    + [("repetition_penalty", 0.0), ("presence_penalty", float("nan")), ("logprobs", 21)]
+    + [("typical_p", 0.0), ("repetition_penalty", 0.0), ("presence_penalty", float("nan")), ("logprobs", 21)]
     + [("top_k", -1), ("seed", -1), ("seed", 2**64), ("num_samples", 0), ("num_samples", 10**6)]
     + [("stop", ("",)), ("min_new_tokens", 101), ("logit_bias", ((0, float("nan")),))],
 )
@@ -131,6 +137,7 @@ def test_illegal_settings_are_named(name: str, value: float) -> None:
         (dict(top_k=9), "TopKLogitsWarper(9)"),
         (dict(top_p=0.7), "TopPLogitsWarper(0.7)"),
         (dict(min_p=0.1), "MinPLogitsWarper(0.1)"),
+        (dict(typical_p=0.6), "TypicalLogitsWarper(0.6)"),
         (dict(repetition_penalty=1.4), "RepetitionPenaltyLogitsProcessor(1.4)"),
     ],
     ids=str,
