@@ -3,6 +3,7 @@
 The comment beside or above a field is its explanation on the command line."""
 
 import dataclasses
+import itertools
 import math
 import tomllib
 from dataclasses import dataclass
@@ -108,11 +109,8 @@ class ModelConfig(Section):
         uneven = f"model.n_heads {heads} does not divide by model.n_kv_heads {self.n_kv_heads}; change one of them"
         require(heads % self.kv_heads == 0, uneven)
         if self.positions == "rotary":
-            require(self.key_dim % 2 == 0, f"model.head_dim {self.key_dim} must be even for rotary positions")
-            even = self.rotary_dim % 2 == 0 < self.rotary_dim
-            require(even, f"model.rope_fraction {self.rope_fraction} of {self.key_dim} is odd")
-        if self.positions == "sinusoidal":
-            require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
+            even, named = self.rotary_dim % 2 == 0 < self.rotary_dim, f"model.head_dim {self.key_dim}"
+            require(even, f"{named} times model.rope_fraction {self.rope_fraction} must be even for rotary positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         if self.n_experts:
@@ -151,11 +149,8 @@ class ModelConfig(Section):
     @property
     def layer_windows(self) -> tuple[int, ...]:
         """The window of each layer; 0 where the layer sees everything."""
-        return self._each_layer(self.windows or (0,))
+        return tuple(itertools.islice(itertools.cycle(self.windows or (0,)), self.n_layers))
 
     @property
     def layers_rotate(self) -> tuple[bool, ...]:
-        return self._each_layer(self.rotary_layers or (True,))
-
-    def _each_layer(self, pattern: tuple) -> tuple:
-        return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
+        return tuple(itertools.islice(itertools.cycle(self.rotary_layers or (True,)), self.n_layers))

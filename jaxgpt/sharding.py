@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig
+from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig, require
 
 PyTree = TypeVar("PyTree")
 
@@ -28,28 +28,15 @@ ACTIVATION = {"B": ("data", "fsdp"), "H": "tensor", "G": "tensor", "F": "tensor"
 PARAMETER = ACTIVATION | {"D": "fsdp"}
 
 
-def spec(axes: str) -> jax.P:
-    """PartitionSpec of an activation, one letter per dimension."""
-    return jax.P(*(ACTIVATION.get(letter) for letter in axes))
-
-
-def _has_mesh() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty
-
-
-def out_sharding(axes: str) -> jax.P | None:
-    """For `out_sharding=` arguments: the result's PartitionSpec, or None while no mesh is set."""
-    return spec(axes) if _has_mesh() else None
+def out_sharding(axes: str, table: dict = ACTIVATION) -> jax.P | None:
+    """The PartitionSpec of an activation, one letter per dimension, or None while no mesh is set. With the table
+    PARAMETER where a stored parameter is born: as an activation, and along D over fsdp."""
+    return None if jax.sharding.get_abstract_mesh().empty else jax.P(*map(table.get, axes))
 
 
 def shard(x: Array, axes: str) -> Array:
     """Lay an activation, or a parameter about to be used, out as its letters say."""
-    return jax.sharding.reshard(x, spec(axes)) if _has_mesh() else x
-
-
-def parameter_sharding(axes: str) -> jax.P | None:
-    """Where a stored parameter is born: as an activation, and along D over fsdp."""
-    return jax.P(*map(PARAMETER.get, axes)) if _has_mesh() else None
+    return x if (where := out_sharding(axes)) is None else jax.sharding.reshard(x, where)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -79,8 +66,7 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
         ("sequences at a time", batch_size, "mesh.data * mesh.fsdp", mesh.shape["data"] * fsdp),
     ]
     for name, size, axis, parts in cuts:
-        if size % parts:
-            raise ConfigError(f"{name} {size} does not divide over {axis} {parts}; change one of them")
+        require(size % parts == 0, f"{name} {size} does not divide over {axis} {parts}; change one of them")
 
 
 def batch_parts() -> int:
@@ -91,7 +77,7 @@ def batch_parts() -> int:
 
 def place_batch(batch: PyTree) -> PyTree:
     """Put a tree of this process's rows, [B, T] arrays of the host, on the devices of the current mesh."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec("BT"))
+    sharding = NamedSharding(jax.sharding.get_mesh(), jax.P(ACTIVATION["B"], None))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
@@ -100,8 +86,7 @@ def place_shapes(tree: PyTree) -> PyTree:
     mesh = jax.sharding.get_mesh()
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None)
-        where = sharding.spec if isinstance(sharding, NamedSharding) else jax.P()
+        where = getattr(getattr(leaf, "sharding", None), "spec", jax.P())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, where))
 
     return jax.tree.map(place, tree)

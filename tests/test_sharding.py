@@ -14,11 +14,11 @@ from jaxgpt.data.loader import Batch
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import (
+    PARAMETER,
     batch_parts,
     check_divides,
     make_mesh,
     out_sharding,
-    parameter_sharding,
     place_batch,
     place_shapes,
     shard,
@@ -104,7 +104,7 @@ def test_a_batch_is_cut_into_rows(mesh_of: Callable) -> None:
 
 def test_without_a_mesh_nothing_is_cut() -> None:
     x = jnp.ones((4, 2))
-    assert shard(x, "BD") is x and parameter_sharding("BD") is None and out_sharding("BD") is None
+    assert shard(x, "BD") is x and out_sharding("BD", PARAMETER) is None and out_sharding("BD") is None
 
 
 @pytest.mark.parametrize(

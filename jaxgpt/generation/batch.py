@@ -20,6 +20,7 @@ from jaxgpt.files import append, bounded_lines, locked, sync, write_atomically
 from jaxgpt.generation.engine import Completion, Engine, Request
 from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.model_config import require
 from jaxgpt.progress import Bar, clock
 
 LONGEST_LINE = 16 * 2**20  # bytes of an input line
@@ -38,14 +39,13 @@ class Job:
     shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shard[0] < self.shard[1]:
-            raise ConfigError(f"shard {self.shard[0]}/{self.shard[1]}: the first must be below the second")
+        i, n = self.shard
+        require(0 <= i < n, f"shard {i}/{n}: the first must be below the second")
         if not self.input.is_file():
             raise BadFileError(f"input {self.input}: there is no such file; name a file with one request a line")
         if not self.output.parent.is_dir():
             raise StorageError(f"output {self.output}: there is no directory {self.output.parent}; make it")
-        if self.output.is_dir():
-            raise ConfigError(f"output {self.output}: it is a directory; name a file")
+        require(not self.output.is_dir(), f"output {self.output}: it is a directory; name a file")
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Number and content of each line that is not blank; None for one that is too long."""
@@ -68,9 +68,11 @@ class Job:
                 first, last = (lines * i // self.shard[1] for i in (self.shard[0], self.shard[0] + 1))
                 if before := output.written:
                     note(f"going on after {before} of {last - first} lines")
-                errors = _answer_lines(self, engine, encode_chat, output, range(first, last))
+                _answer_lines(self, engine, encode_chat, output, range(first, last))
                 output.finish()
-                figures = f"{errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
+                figures = (
+                    f"{output.errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
+                )
                 note(f"{last - first - before} lines answered now, {figures}")
             note(f"{self.output} is complete")
 
@@ -86,7 +88,7 @@ class _Output(contextlib.ExitStack):
         known = marker.read_text() if marker.exists() else None
         if known != identity and (known or path.exists() or self._part.exists()):
             raise ConfigError(f"output {path}: it is there, of another job; remove it or choose another name")
-        self.complete, self.written = path.exists(), 0
+        self.complete, self.written, self.errors = path.exists(), 0, 0
         self._waiting: dict[int, bytes] = {}
         self._synced = time.monotonic()
         if not self.complete:
@@ -99,6 +101,7 @@ class _Output(contextlib.ExitStack):
 
     def put(self, index: int, record: dict[str, Any]) -> None:
         """Write a record as soon as all before it are written."""
+        self.errors += record.get("error") is not None
         self._waiting[index] = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         while self.written in self._waiting:
             append(self._file, self._waiting.pop(self.written))
@@ -113,13 +116,11 @@ class _Output(contextlib.ExitStack):
         sync(self._path.parent)
 
 
-def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Output, part: range) -> int:
-    """Answer what is left of a part of the lines; returns how many are errors."""
+def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Output, part: range) -> None:
+    """Answer what is left of a part of the lines."""
     begun: dict[int, tuple[Line, dict[int, Completion]]] = {}
-    errors = 0
 
     def requests() -> Iterator[Request]:
-        nonlocal errors
         left = itertools.islice(job.lines(), part.start + output.written, part.stop)
         for index, (number, raw) in enumerate(left, output.written):
             try:
@@ -130,7 +131,6 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 prompt = encode_chat(params.messages) if params.messages else params.prompt
                 made = engine.requests(params.prompt_token_ids or [] if prompt is None else prompt, params, index)
             except (ConfigError, BadFileError) as error:
-                errors += 1
                 output.put(index, error_answer(raw or b"", number, str(error)))
                 continue
             begun[index] = line, {}
@@ -152,5 +152,4 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
                 full = engine.used / max(engine.places, 1)
                 figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
-                bar.update(output.written, f"{figures}  {errors} errors", due=due)
-    return errors
+                bar.update(output.written, f"{figures}  {output.errors} errors", due=due)

@@ -26,9 +26,9 @@ class Slots(NamedTuple):
 
     cache: Cache
     tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
-    logprobs_BS: Array  # of each generated token, where the slot's rules record them; so are the next two
-    top_ids_BSN: Array
-    top_logprobs_BSN: Array
+    # Where a slot's rules record them: log-probabilities [B, S] of its tokens; ids of the most probable ones at each
+    # place [B, S, N], and their log-probabilities.
+    recorded: tuple[Array, Array, Array]
     lengths_B: Array  # tokens of each slot so far
     done_B: Array  # True once a text is complete, and in a free slot
     failed_B: Array  # whether it ended because its logits were not finite
@@ -44,11 +44,10 @@ def empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
         return jnp.zeros((slots, *more), dtype, out_sharding=out_sharding(axes))
 
     rules = jax.tree.map(lambda x: zeros("B_"[: 1 + x.ndim], *x.shape, dtype=x.dtype), NO_RULES)
-    alternatives = min(MAX_ALTERNATIVES, config.vocab_size or 0)
+    top = length, min(MAX_ALTERNATIVES, config.vocab_size or 0)
+    recorded = zeros("BS", length, dtype=jnp.float32), zeros("BSN", *top), zeros("BSN", *top, dtype=jnp.float32)
     return Slots(
-        cache=new_cache(config, slots, length), tokens_BS=zeros("BS", length),
-        logprobs_BS=zeros("BS", length, dtype=jnp.float32), top_ids_BSN=zeros("BSN", length, alternatives),
-        top_logprobs_BSN=zeros("BSN", length, alternatives, dtype=jnp.float32), lengths_B=zeros("B"),
+        cache=new_cache(config, slots, length), tokens_BS=zeros("BS", length), recorded=recorded, lengths_B=zeros("B"),
         done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool), rules=rules, steps=jnp.int32(0),
     )  # fmt: skip
 
@@ -61,8 +60,8 @@ def resize(slots: Slots, length: int) -> Slots:
         grown = max(length - x.shape[1], 0)
         return jnp.pad(x[:, :length], ((0, 0), (0, grown), *[(0, 0)] * (x.ndim - 2)))
 
-    names = ("cache", "tokens_BS", "logprobs_BS", "top_ids_BSN", "top_logprobs_BSN")
-    return slots._replace(**{name: jax.tree.map(fit, getattr(slots, name)) for name in names})
+    cache, tokens_BS, recorded = jax.tree.map(fit, (slots.cache, slots.tokens_BS, slots.recorded))
+    return slots._replace(cache=cache, tokens_BS=tokens_BS, recorded=recorded)
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
@@ -161,33 +160,27 @@ def _guess(tokens_S: Array, length: Array, count: int) -> Array:
 def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[Slots, Array]:
     """One more token to each text that goes on; it goes on further if the token is the expected one."""
     (slots, going_B), (logits_BV, expected_B) = carry, inputs
-    rules, lengths_B = slots.rules, slots.lengths_B
-    token_B = choose(logits_BV, rules, slots.tokens_BS, lengths_B)
+    rules, recorded = slots.rules, slots.recorded
+    token_B = choose(logits_BV, rules, slots.tokens_BS, slots.lengths_B)
     failed_B = going_B & ~jnp.isfinite(logits_BV.sum(-1))
     live_B = going_B & ~failed_B
-    place_B = jnp.where(live_B, lengths_B, slots.tokens_BS.shape[1])  # else it is not written
-    slots = _record(slots, live_B & rules.logprobs, place_B, token_B, logits_BV)
-    lengths_B = lengths_B + live_B
-    ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
-    done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
-    slots = slots._replace(
-        tokens_BS=_write(slots.tokens_BS, place_B, token_B), lengths_B=lengths_B, done_B=done_B,
-        failed_B=slots.failed_B | failed_B,
-    )  # fmt: skip
-    return slots, live_B & ~done_B & (token_B == expected_B)
+    place_B = jnp.where(live_B, slots.lengths_B, slots.tokens_BS.shape[1])  # else it is not written
 
+    def write(x: Array, new: Array) -> Array:
+        return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
 
-def _write(x: Array, place_B: Array, new: Array) -> Array:
-    return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
-
-
-def _record(slots: Slots, wanted_B: Array, place_B: Array, token_B: Array, logits_BV: Array) -> Slots:
     def record(old: tuple) -> tuple:
         log_p_BV = jax.nn.log_softmax(logits_BV)
         chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)
         top_BN, ids_BN = jax.lax.top_k(log_p_BV, old[1].shape[-1])
-        return tuple(_write(x, place_B, new) for x, new in zip(old, (chosen_B, ids_BN, top_BN), strict=True))
+        return tuple(map(write, old, (chosen_B, ids_BN, top_BN)))
 
-    old = slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN
-    logprobs_BS, ids_BSN, top_BSN = jax.lax.cond(wanted_B.any(), record, lambda old: old, old)
-    return slots._replace(logprobs_BS=logprobs_BS, top_ids_BSN=ids_BSN, top_logprobs_BSN=top_BSN)
+    recorded = jax.lax.cond((live_B & rules.logprobs).any(), record, lambda old: old, recorded)
+    lengths_B = slots.lengths_B + live_B
+    ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
+    done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
+    slots = slots._replace(
+        tokens_BS=write(slots.tokens_BS, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
+        failed_B=slots.failed_B | failed_B,
+    )  # fmt: skip
+    return slots, live_B & ~done_B & (token_B == expected_B)

@@ -21,7 +21,8 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.sharding import batch_parts, out_sharding, spec
+from jaxgpt.model_config import require
+from jaxgpt.sharding import batch_parts, out_sharding
 from jaxgpt.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at least this often
@@ -45,10 +46,11 @@ class Completion:
 
 
 class Request(NamedTuple):
-    """A prompt as ids, and how to continue it; `tag` comes back with the completion."""
+    """A prompt as ids, how to continue it, and the tokens that end it; `tag` comes back with the completion."""
 
     ids: list[int]
     params: SamplingParams
+    ends: tuple[int, ...] = ()
     sample: int = 0
     tag: int = 0
 
@@ -64,9 +66,9 @@ class Progress(NamedTuple):
 class _Text:
     """The completion of a request, as far as the host knows it."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, end_ids: Sequence[int]) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request, self.length = request, len(request.ids)
-        self._end_ids, self._tokenizer, self._text, self._shown = end_ids, tokenizer, "", 0
+        self._tokenizer, self._text, self._shown = tokenizer, "", 0
         # A character is shown when all its bytes are there.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -75,11 +77,14 @@ class _Text:
         stop, reason = self.request.params.stop, None
         for token in row_S[self.length : length].tolist():
             self.length += 1
-            at_end = done and self.length == length and token in self._end_ids
+            at_end = done and self.length == length and token in self.request.ends
             # A model may have more tokens than its tokenizer: they have no text.
             raw = b"" if at_end else b"".join(self._tokenizer.token_bytes[token : token + 1])
-            reason = "stop" if self._cut(self._utf8.decode(raw, final=at_end), stop) or at_end else None
-            if reason:
+            begin = max(len(self._text) - max(map(len, stop), default=0), 0)
+            self._text += self._utf8.decode(raw, final=at_end)
+            places = [place for each in stop if (place := self._text.find(each, begin)) >= 0]
+            if places or at_end:
+                reason, self._text = "stop", self._text[: min(places, default=None)]
                 break
         if not reason and done:
             reason = "error" if failed else "length"
@@ -90,14 +95,6 @@ class _Text:
         ids = row_S[len(self.request.ids) : self.length].tolist()
         completion = Completion(self._text, ids, reason, len(self.request.ids)) if reason else None  # type: ignore[arg-type]
         return Progress(self.request, text, completion)
-
-    def _cut(self, piece: str, stop: tuple[str, ...]) -> bool:
-        """Append text; if a stop text is complete, cut the text where it begins."""
-        begin = len(self._text) - max(map(len, stop), default=0)
-        self._text += piece
-        places = [place for text in stop if (place := self._text.find(text, max(begin, 0))) >= 0]
-        self._text = self._text[: min(places)] if places else self._text
-        return bool(places)
 
 
 def _shared(ids: list[int], other: list[int]) -> int:
@@ -140,8 +137,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        if params.logprobs is not None:
-            raise ConfigError("logprobs: a stream has none; leave it out, or use Engine.generate")
+        require(params.logprobs is None, "logprobs: a stream has none; leave it out, or use Engine.generate")
         waiting = self.requests(prompt, params)
         return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 
@@ -153,12 +149,15 @@ class Engine:
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
         """One request for each sample of a prompt. Raises ConfigError for a prompt that leaves no room in the context,
-        or an id or top_k above the vocabulary."""
-        ids, context, vocabulary = self._ids(prompt), self._model.config.context_length, self._tokenizer.vocab_size
+        or an id or top_k outside the vocabulary."""
+        ids, context, vocabulary = self._ids(prompt), self._model.config.context_length, self._model.config.vocab_size
+        assert vocabulary is not None
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
-        if not 0 <= min(ids) <= max(ids) < (self._model.config.vocab_size or 0):
-            raise ConfigError(f"prompt: token {min(0, *ids) or max(ids)} has no embedding in this model; leave it out")
+        named = {"prompt": ids, "logit_bias": dict(params.logit_bias), "stop_token_ids": params.stop_token_ids}
+        for name, mentioned in named.items():
+            if strange := [token for token in mentioned if not 0 <= token < vocabulary]:
+                raise ConfigError(f"{name}: token {strange[0]} has no embedding in this model; leave it out")
         room = max(context - params.max_new_tokens, context // 2)
         if params.truncate != "no" and len(ids) > room:
             bos = self._tokenizer.bos_ids
@@ -167,15 +166,10 @@ class Engine:
             self.truncated += 1
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
-        if params.top_k > vocabulary:
-            raise ConfigError(f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
-        named = {"logit_bias": [i for i, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
-        for name, mentioned in named.items():
-            if max(mentioned, default=0) >= vocabulary:
-                raise ConfigError(f"{name} has the id {max(mentioned)}: the vocabulary has {vocabulary} tokens")
-        if len(ends := self._ends(params)) > MAX_ENDS:
-            raise ConfigError(f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
-        return [Request(ids, params, sample, tag) for sample in range(params.num_samples)]
+        require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
+        ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
+        require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
+        return [Request(ids, params, ends, sample, tag) for sample in range(params.num_samples)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
@@ -185,10 +179,11 @@ class Engine:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
             exhausted = len(new) < len(free)
-            texts |= {slot: _Text(each, self._tokenizer, self._ends(each.params)) for slot, each in new.items()}
+            texts |= {slot: _Text(each, self._tokenizer) for slot, each in new.items()}
             if not texts:
                 break
-            slots = self._fill(self._fit(slots, prompts, texts), prompts, new)
+            slots = self._fit(slots, prompts, texts)
+            slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
             stopped = self._put(np.array([slot not in texts for slot in range(self._slots)]), "B")
             steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
@@ -200,17 +195,15 @@ class Engine:
             unseen = []
             for slot, text in list(texts.items()):
                 before = text.length
-                unseen.append(text.push(tokens_BS[slot], int(lengths[slot]), bool(done[slot]), bool(failed[slot])))
+                more = text.push(tokens_BS[slot], int(lengths[slot]), bool(done[slot]), bool(failed[slot]))
                 self.tokens += text.length - before
                 self.used += min(text.length - before, int(passes))
-                if unseen[-1].completion:
-                    unseen.append(self._with_logprobs(unseen.pop(), slots, slot))
+                if more.completion:
+                    more = more._replace(completion=_with_logprobs(more.completion, text.request, slots, slot))
                     del texts[slot]
+                unseen.append(more)
         self._kept = slots, prompts
         yield from unseen
-
-    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
-        return (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
 
     def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
         longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH * (1 + self._guesses) for text in texts.values()))
@@ -224,16 +217,14 @@ class Engine:
         return resize(slots, length)
 
     def _put(self, array: np.ndarray, axes: str) -> Array:
-        return jax.device_put(array, spec(axes))
+        return jax.device_put(array, out_sharding(axes))
 
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
-        if not new:
-            return slots
         length, context = slots.tokens_BS.shape[1], self._model.config.context_length
         tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
-        for slot, (ids, params, sample, _) in new.items():
+        for slot, (ids, params, ends, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
-            rules[slot] = Rules.of(params, len(ids), context, self._ends(params), sample)
+            rules[slot] = Rules.of(params, len(ids), context, ends, sample)
         stacked = jax.tree.map(lambda *each: self._put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
         new_B = self._put(np.isin(np.arange(self._slots), list(new)), "B")
         slots = admit(slots, new_B, self._put(tokens_BS, "BS"), stacked)
@@ -257,18 +248,15 @@ class Engine:
                 prompts[slot] = [] if self._model.config.rope_scaling == "longrope" else new[slot].ids
         return slots
 
-    def _with_logprobs(self, done: Progress, slots: Slots, slot: int) -> Progress:
-        completion, wanted = done.completion, done.request.params.logprobs
-        if completion is None or wanted is None:
-            return done
-        kept = slots.logprobs_BS, slots.top_ids_BSN, slots.top_logprobs_BSN
-        rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in kept)
-        begin = completion.prompt_tokens
-        here = slice(begin, begin + len(completion.token_ids))
-        chosen, ids, top = (row[here] for row in jax.device_get(tuple(rows)))
-        pairs = zip(ids[:, :wanted].tolist(), top[:, :wanted].tolist(), strict=True)
-        best = [dict(zip(*pair, strict=True)) for pair in pairs]
-        return done._replace(completion=replace(completion, logprobs=chosen.tolist(), top_logprobs=best))
+
+def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) -> Completion:
+    if (wanted := request.params.logprobs) is None:
+        return done
+    rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
+    here = slice(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
+    chosen, ids, top = (row[here] for row in jax.device_get(tuple(rows)))
+    pairs = zip(ids[:, :wanted].tolist(), top[:, :wanted].tolist(), strict=True)
+    return replace(done, logprobs=chosen.tolist(), top_logprobs=[dict(zip(*pair, strict=True)) for pair in pairs])
 
 
 @jax.jit

@@ -56,13 +56,11 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
     value = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(value, dict):
         raise ConfigError("the line is neither a JSON string nor an object")
-    url = None
     name = value.pop("custom_id") if (is_openai := "custom_id" in value) else value.pop("id", number)
-    if is_openai:
-        value, url = _openai_body(value)
-    fields = {_OTHER_NAMES.get(key, key): each for key, each in value.items()}
-    if isinstance(fields.get("stop"), str):
-        fields["stop"] = [fields["stop"]]
+    given, url = _openai_body(value) if is_openai else (value, None)
+    fields = {_OTHER_NAMES.get(key, key): each for key, each in given.items()}
+    if isinstance(stop := fields.get("stop"), str):
+        fields["stop"] = [stop]
     if isinstance(bias := fields.get("logit_bias"), dict):
         fields["logit_bias"] = [[int(k) if k.isdecimal() and len(k) < 10 else k, by] for k, by in bias.items()]
     return Line(name, validated(LineParams, asdict(defaults) | fields, "the line"), url)

@@ -53,11 +53,9 @@ class SamplingParams(Section):
         legal = self.temperature == 0 or 0.001 <= self.temperature <= 1000  # so NaN is not
         require(legal, f"temperature is {self.temperature}: it must be 0, or between 0.001 and 1000")
         self.within(0, self.max_new_tokens, "min_new_tokens")
-        few = len(self.logit_bias) <= MAX_BIASED and all(i >= 0 and abs(by) <= 1000 for i, by in self.logit_bias)
+        few = len(self.logit_bias) <= MAX_BIASED and all(abs(by) <= 1000 for _, by in self.logit_bias)
         require(few, f"logit_bias is {self.logit_bias!r:.50}: it must be 300 ids at most, values from -1000 to 1000")
         require(len(self.stop) <= 16 and all(self.stop), f"stop is {self.stop!r:.50}: it must be 16 texts, none empty")
-        few = len(self.stop_token_ids) <= 16 and min(self.stop_token_ids, default=0) >= 0
-        require(few, f"stop_token_ids is {self.stop_token_ids!r:.50}: it must be 16 ids at most")
 
 
 class Rules(NamedTuple):
@@ -87,18 +85,18 @@ class Rules(NamedTuple):
         bias = dict(params.logit_bias)
         floats = ("temperature", "top_p", "min_p", "typical_p")
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+        def padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:
+            return np.array([*values, *[fill] * size][:size], dtype)
+
         return cls(
             prompt_length=np.int32(prompt_length), end=np.int32(min(prompt_length + params.max_new_tokens, context)),
-            first_end=np.int32(prompt_length + params.min_new_tokens), end_ids_E=_padded(ends, MAX_ENDS, -1, np.int32),
+            first_end=np.int32(prompt_length + params.min_new_tokens), end_ids_E=padded(ends, MAX_ENDS, -1, np.int32),
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
-            bias_ids_N=_padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
-            bias_N=_padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
+            bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
+            bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip
-
-
-def _padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:
-    return np.array([*values, *[fill] * size][:size], dtype)
 
 
 NO_RULES = Rules.of(SamplingParams(temperature=0), 0, 1, (), 0)  # of a slot without a text that goes on

@@ -1,8 +1,7 @@
 """Causal attention: which keys a query sees, and the weighted mean of their values.
 
 `attention` is the plain form, for any queries and keys; `causal_attention` gives the same for whole sequences.
-Letters: B batch, T query length, S key length, H query heads, G key/value heads, R = H / G query heads
-for each key/value head, K head width."""
+Letters: `jaxgpt/sharding.py`, and R = H / G query heads for each key/value head."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,6 @@ def attention_mask(
     mask_BTS = distance_BTS >= 0
     if segments is not None:
         mask_BTS &= segments[0][:, :, None] == segments[1][:, None, :]
-    if isinstance(window, int):
-        return mask_BTS & (distance_BTS < window) if window else mask_BTS
     return mask_BTS & ((distance_BTS < window) | (window == 0))
 
 
@@ -54,9 +51,8 @@ def causal_attention(
     T = q_BTHK.shape[1]
     size = max(128, -(-T // 8))
     block = jax.checkpoint(attention, static_argnums=(4, 5))
-    parts = ((slice(end - size, end), slice(0, end)) for end in range(size, T + size, size))
-    outs = [
-        block(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTT[:, rows, keys], softcap, scale)
-        for rows, keys in parts
-    ]
+    outs = []
+    for end in range(size, T + size, size):
+        rows, keys = slice(end - size, end), slice(0, end)
+        outs.append(block(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTT[:, rows, keys], softcap, scale))
     return jnp.concatenate(outs, axis=1)

@@ -4,7 +4,7 @@
 autodiff keeps them twice. Here the sequence is cut into chunks; each chunk's logits become its loss and, when
 gradients are wanted, its part of them at once, and are dropped. No product is computed twice.
 
-Letters: B batch, T length, D model width, V vocabulary, C chunks."""
+Letters: `jaxgpt/sharding.py`, and C chunks."""
 
 import functools
 from typing import NamedTuple
@@ -32,40 +32,6 @@ def output_logits(x_BTD: Array, w_VD: Array, softcap: float | None) -> Array:
     return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
 
 
-def _logits(x_BTD: Array, w_VD: Array, options: LossOptions) -> Array:
-    """Capped float32 logits [B, T, V]; padding rows get the lowest finite number."""
-    logits_BTV = output_logits(x_BTD, w_VD, options.softcap)
-    if options.vocab_size < w_VD.shape[0]:
-        real = jnp.arange(w_VD.shape[0]) < options.vocab_size
-        logits_BTV = jnp.where(real[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
-    return logits_BTV
-
-
-def _losses(logits_BTV: Array, labels_BT: Array) -> tuple[Array, Array, Array]:
-    """Negative log-likelihood [B, T] in nats (0 where the label is -1), log-partition [B, T], one-hot labels [B, T, V].
-    A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses."""
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    ids_V = jnp.arange(logits_BTV.shape[-1], out_sharding=out_sharding("V"))
-    hit_BTV = labels_BT[:, :, None] == ids_V[None, None]
-    label_logit_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
-    return jnp.where(labels_BT >= 0, log_z_BT - label_logit_BT, 0), log_z_BT, hit_BTV
-
-
-def _split(a: Array, chunks: int) -> Array:
-    """[B, T, ...] -> [C, B, T / C, ...]."""
-    return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
-
-
-def _join(a: Array) -> Array:
-    a = jnp.moveaxis(a, 0, 1)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])
-
-
-def _total(losses_BT: Array, log_z_BT: Array, weights_BT: Array, options: LossOptions) -> Array:
-    penalty_BT = options.z_loss * jnp.square(log_z_BT) if options.z_loss else 0.0
-    return (weights_BT * (losses_BT + penalty_BT)).sum()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy(
     x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions
@@ -73,43 +39,49 @@ def linear_cross_entropy(
     """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports). Only the sum
     has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by `options.chunks`. The z-loss
     is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118."""
-
-    def chunk(total: Array, inputs: tuple) -> tuple[Array, Array]:
-        x, labels, weights = inputs
-        losses, log_z, _ = _losses(_logits(x, w_VD, options), labels)
-        return total + _total(losses, log_z, weights, options), losses
-
-    inputs = tuple(_split(a, options.chunks) for a in (x_BTD, labels_BT, weights_BT))
-    total, losses = jax.lax.scan(chunk, jnp.zeros(()), inputs)
-    return total, _join(losses)
+    return _in_chunks(x_BTD, w_VD, labels_BT, weights_BT, options, with_gradients=False)[0]
 
 
-def _forward(
-    x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def _in_chunks(
+    x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions, with_gradients: bool = True
+) -> tuple[tuple[Array, Array], tuple]:
     """Loss and, in the same pass over the logits, its gradients for a cotangent of one."""
 
     def chunk(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         total, dw_VD = carry
         x, labels, weights = inputs
-        logits = _logits(x, w_VD, options)
-        losses, log_z, hit = _losses(logits, labels)
-        total += _total(losses, log_z, weights, options)
+        logits = output_logits(x, w_VD, options.softcap)
+        if options.vocab_size < w_VD.shape[0]:
+            real = jnp.arange(w_VD.shape[0]) < options.vocab_size
+            logits = jnp.where(real[None, None], logits, jnp.finfo(jnp.float32).min)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        # A boolean one-hot, unlike a gather, stays local when V is cut over devices, and fuses.
+        hit = labels[:, :, None] == jnp.arange(w_VD.shape[0], out_sharding=out_sharding("V"))[None, None]
+        losses = jnp.where(labels >= 0, log_z - jnp.where(hit, logits, 0).sum(-1), 0)
+        penalty = options.z_loss * jnp.square(log_z) if options.z_loss else 0.0
+        total += (weights * (losses + penalty)).sum()
+        if not with_gradients:
+            return (total, None), (losses, None)
         pull = weights * (1 + 2 * options.z_loss * log_z)  # on the softmax, through log_z
         dlogits = jnp.exp(logits - log_z[..., None]) * pull[..., None] - jnp.where(hit, weights[..., None], 0)
         if options.softcap is not None:
             dlogits *= 1 - jnp.square(jnp.clip(logits / options.softcap, -1, 1))  # 0 at the padding rows' -1e38
         dlogits = dlogits.astype(x.dtype)
         dx = jnp.einsum("BTV,VD->BTD", dlogits, w_VD, out_sharding=out_sharding("BTD"))
-        dw_VD += jnp.einsum(
-            "BTV,BTD->VD", dlogits, x, preferred_element_type=jnp.float32, out_sharding=out_sharding("VD")
-        )
+        where = out_sharding("VD")
+        dw_VD += jnp.einsum("BTV,BTD->VD", dlogits, x, preferred_element_type=jnp.float32, out_sharding=where)
         return (total, dw_VD), (losses, dx)
 
-    inputs = tuple(_split(a, options.chunks) for a in (x_BTD, labels_BT, weights_BT))
-    start = (jnp.zeros(()), shard(jnp.zeros(w_VD.shape, jnp.float32), "VD"))
-    (total, dw_VD), (losses, dx) = jax.lax.scan(chunk, start, inputs)
-    return (total, _join(losses)), (_join(dx), dw_VD.astype(w_VD.dtype))
+    def split(a: Array) -> Array:  # [B, T, ...] -> [C, B, T / C, ...]
+        return jnp.moveaxis(a.reshape(a.shape[0], options.chunks, -1, *a.shape[2:]), 1, 0)
+
+    def join(a: Array) -> Array:
+        return jnp.moveaxis(a, 0, 1).reshape(*labels_BT.shape, *a.shape[3:])
+
+    start = jnp.zeros(()), shard(jnp.zeros(w_VD.shape, jnp.float32), "VD") if with_gradients else None
+    (total, dw_VD), parts = jax.lax.scan(chunk, start, tuple(map(split, (x_BTD, labels_BT, weights_BT))))
+    losses_BT, dx_BTD = jax.tree.map(join, parts)
+    return (total, losses_BT), (dx_BTD, None if dw_VD is None else dw_VD.astype(w_VD.dtype))
 
 
 def _backward(options: LossOptions, saved: tuple, cotangents: tuple) -> tuple:
@@ -117,4 +89,4 @@ def _backward(options: LossOptions, saved: tuple, cotangents: tuple) -> tuple:
     return (cotangents[0] * dx_BTD).astype(dx_BTD.dtype), (cotangents[0] * dw_VD).astype(dw_VD.dtype), None, None
 
 
-linear_cross_entropy.defvjp(_forward, _backward)
+linear_cross_entropy.defvjp(_in_chunks, _backward)

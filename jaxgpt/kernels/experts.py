@@ -2,7 +2,7 @@
 
 Tokens are sorted by expert, so that each expert's are one group of rows of a ragged product. Under a mesh every device
 sorts its own tokens and multiplies with its part of F; the parts are added up over `tensor`.
-Letters: B batch, T length, D model width, E experts, M experts of a token, F feed-forward width, N = B T M rows."""
+Letters: `jaxgpt/sharding.py`, M experts of a token, N = B T M rows."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.sharding import spec
+from jaxgpt.sharding import out_sharding
 
 Activation = Callable[[Array], Array]
 
@@ -44,10 +44,9 @@ def mixture(
         unsorted_ND = y_ND[jnp.argsort(order_N)]
         return unsorted_ND.reshape(*experts_BTM.shape, -1).sum(2).astype(x_BTD.dtype)
 
-    if jax.sharding.get_abstract_mesh().empty:
+    if (rows := out_sharding("BTD")) is None:
         return local(x_BTD, weights_BTM, experts_BTM, *matrices)
-    rows = spec("BTD")
-    specs = (rows, rows, rows, spec("EDF"), spec("EDF"), spec("EFD"))
+    specs = (rows, rows, rows, out_sharding("EDF"), out_sharding("EDF"), out_sharding("EFD"))
     cut = jax.shard_map(lambda *inputs: jax.lax.psum(local(*inputs), "tensor"), in_specs=specs, out_specs=rows)
     return cut(x_BTD, weights_BTM, experts_BTM, *matrices)
 

@@ -1,11 +1,11 @@
 """The parts of a transformer block: projections, norms, attention, feed-forward.
 
 Modules are dataclasses with initialisers: parameters are float32 `nnx.Param`s, made from a key, and every
-method is a pure function. Letters: B batch, T query length, S key length, D model width, H query heads,
-G key/value heads, K head width, F feed-forward width."""
+method is a pure function. Letters: `jaxgpt/sharding.py`."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxgpt.kernels.attention import attention, causal_attention
 from jaxgpt.kernels.experts import mixture, route, router_losses
 from jaxgpt.model.rotary import Rotation, rotate
 from jaxgpt.model_config import ModelConfig
-from jaxgpt.sharding import out_sharding, parameter_sharding, shard
+from jaxgpt.sharding import PARAMETER, out_sharding, shard
 
 LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -30,16 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> Array:
     """A parameter ready for use: cast, then gathered over fsdp (in this order: half the bytes move in bfloat16)."""
     return shard(parameter[...].astype(dtype), axes)
-
-
-def normal(rngs: nnx.Rngs, axes: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A parameter drawn from N(0, std), laid out over the mesh by the letters of its axes."""
-    drawn = jax.random.normal(rngs(), shape, jnp.float32, out_sharding=parameter_sharding(axes))  # in parts, not whole
-    return nnx.Param(std * drawn)
-
-
-def constant(axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=parameter_sharding(axes)))
 
 
 def dropout(x_BTD: Array, rate: float, key: Array | None) -> Array:
@@ -58,6 +48,17 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     )  # fmt: skip
 
 
+def normal(rngs: nnx.Rngs, axes: str, config: ModelConfig, std: float = 0.02) -> nnx.Param:
+    """A parameter drawn from N(0, std); the letters of its axes give its shape and how it is laid out over the mesh."""
+    shape, where = [axis_sizes(config)[letter] for letter in axes], out_sharding(axes, PARAMETER)
+    return nnx.Param(std * jax.random.normal(rngs(), shape, jnp.float32, out_sharding=where))  # in parts, not whole
+
+
+def constant(axes: str, config: ModelConfig, value: float) -> nnx.Param:
+    shape, where = [axis_sizes(config)[letter] for letter in axes], out_sharding(axes, PARAMETER)
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=where))
+
+
 class Projection(nnx.Module):
     """A linear map written as an einsum, such as `BTD,DHK->BTHK`: its letters give kernel, bias and sharding."""
 
@@ -65,14 +66,13 @@ class Projection(nnx.Module):
         self, equation: str, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool, residual: bool = False
     ) -> None:
         """`residual` marks a projection back into the residual stream: its std is divided by sqrt(2L), as in GPT-2."""
-        size = axis_sizes(config)
         self.equation = equation
-        self.kernel_axes = equation.split("->")[0].split(",")[1]
-        self.out_axes = equation.split("->")[1]
+        inputs, self.out_axes = equation.split("->")
+        self.kernel_axes = inputs.split(",")[1]
         self.bias_axes = "".join(letter for letter in self.out_axes if letter in self.kernel_axes)
         std = 0.02 / (2 * config.n_layers) ** 0.5 if residual else 0.02
-        self.kernel = normal(rngs, self.kernel_axes, tuple(size[a] for a in self.kernel_axes), std)
-        self.bias = constant(self.bias_axes, tuple(size[a] for a in self.bias_axes), 0.0) if bias else None
+        self.kernel = normal(rngs, self.kernel_axes, config, std)
+        self.bias = constant(self.bias_axes, config, 0.0) if bias else None
 
     def __call__(self, x: Array) -> Array:
         kernel = weight(self.kernel, self.kernel_axes, x.dtype)
@@ -91,9 +91,8 @@ class Norm(nnx.Module):
         """`axes` are the letters of the axes that are normalised together, such as D."""
         self.axes, self.kind, self.epsilon = axes, kind or config.norm, config.norm_epsilon
         self.offset = 1.0 if config.norm_plus_one else 0.0
-        shape = tuple(axis_sizes(config)[axis] for axis in axes)
-        self.scale = constant(axes, shape, 1.0 - self.offset)
-        self.bias = constant(axes, shape, 0.0) if config.norm_bias and self.kind == "layernorm" else None
+        self.scale = constant(axes, config, 1.0 - self.offset)
+        self.bias = constant(axes, config, 0.0) if config.norm_bias and self.kind == "layernorm" else None
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
@@ -108,22 +107,15 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
-def sinusoids(positions_BT: Array, width: int) -> Array:
-    """Fixed sine and cosine positions [B, T, width] (arXiv:1706.03762, section 3.5), sines first."""
-    turns = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles_BTK = positions_BT[:, :, None].astype(jnp.float32) * turns[None, None]
-    return jnp.concatenate([jnp.sin(angles_BTK), jnp.cos(angles_BTK)], axis=-1)
-
-
 class Attention(nnx.Module):
     """Causal multi-head, grouped-query or multi-query attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        bias, output_bias = config.attention_bias, config.attention_output_bias
+        bias = config.attention_bias
+        output_bias = bias if config.attention_output_bias is None else config.attention_output_bias
         self.query = Projection("BTD,DHK->BTHK", config, rngs, bias=bias)
         self.key = Projection("BTD,DGK->BTGK", config, rngs, bias=bias)
         self.value = Projection("BTD,DGK->BTGK", config, rngs, bias=bias)
-        output_bias = bias if output_bias is None else output_bias
         self.output = Projection("BTHK,HKD->BTD", config, rngs, bias=output_bias, residual=True)
         axes = {"none": None, "head": ("K", "K"), "all": ("HK", "GK")}[config.qk_norm]
         self.query_norm = Norm(axes[0], config, "rmsnorm") if axes else None
@@ -209,19 +201,17 @@ class Block(nnx.Module):
     ) -> tuple[Array, LayerCache | None, Array | None]:
         """The residual stream, the cache, and the losses [2] of the router where there are experts."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        y_BTD = self._before(self.attention_norm, x_BTD)
-        y_BTD, cache = self.attention(y_BTD, mask_BTS, rotation, positions_BT, cache)
-        x_BTD = self._add(x_BTD, y_BTD, self.attention_norm, self.attention_output_norm, keys[0])
-        y_BTD, losses = self.mlp(self._before(self.mlp_norm, x_BTD))
-        return self._add(x_BTD, y_BTD, self.mlp_norm, self.mlp_output_norm, keys[1]), cache, losses
+        attend = lambda x_BTD: self.attention(x_BTD, mask_BTS, rotation, positions_BT, cache)  # noqa: E731
+        x_BTD, new_cache = self._add(x_BTD, attend, self.attention_norm, self.attention_output_norm, keys[0])
+        x_BTD, losses = self._add(x_BTD, self.mlp, self.mlp_norm, self.mlp_output_norm, keys[1])
+        return x_BTD, new_cache, losses
 
-    def _before(self, norm: Norm, x_BTD: Array) -> Array:
-        return norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD
-
-    def _add(self, x_BTD: Array, y_BTD: Array, norm: Norm, output_norm: Norm | None, key: Array | None) -> Array:
-        if self.norm_position == "output":
-            y_BTD = norm(y_BTD)
-        elif output_norm is not None:
-            y_BTD = output_norm(y_BTD)
+    def _add(
+        self, x_BTD: Array, part: Callable, norm: Norm, output_norm: Norm | None, key: Array | None
+    ) -> tuple[Array, Any]:
+        """The stream with what `part` makes of it, and what else `part` gives."""
+        y_BTD, more = part(norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD)
+        if self.norm_position in ("output", "both"):
+            y_BTD = (output_norm or norm)(y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, key)
-        return norm(x_BTD) if self.norm_position == "post" else x_BTD
+        return norm(x_BTD) if self.norm_position == "post" else x_BTD, more

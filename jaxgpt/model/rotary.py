@@ -2,7 +2,7 @@
 
 Layers may differ: a base for those with a window (Gemma 3), none at all (SmolLM3). Each distinct table of frequencies
 is a kind; a layer that does not rotate has frequencies of zero, so that one compiled layer serves all in a scan.
-Letters: B batch, T length, H heads, K head width."""
+Letters: `jaxgpt/sharding.py`."""
 
 import math
 
@@ -38,28 +38,30 @@ def frequencies(config: ModelConfig, theta: float, scaling: str, length: int) ->
 
 def rotary_kinds(config: ModelConfig, length: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """The distinct tables of frequencies [kinds, rotary_dim / 2], and which one each layer uses."""
-    tables: list[np.ndarray] = []
-    layers = []
-    for rotates, window in zip(config.layers_rotate, config.layer_windows, strict=True):
-        local = window and config.local_rope_theta is not None
-        theta, scaling = (config.local_rope_theta, "none") if local else (config.rope_theta, config.rope_scaling)
-        table = frequencies(config, theta or 1.0, scaling, length) * np.float32(rotates)
-        same = [i for i, known in enumerate(tables) if np.array_equal(known, table)]
-        if not same:
-            tables.append(table)
-        layers.append(same[0] if same else len(tables) - 1)
-    return np.stack(tables), tuple(layers)
+    usual, local = (config.rope_theta, config.rope_scaling), config.local_rope_theta
+    layers = [
+        (rotates, *(usual if local is None or not window else (local, "none")))
+        for rotates, window in zip(config.layers_rotate, config.layer_windows, strict=True)
+    ]
+    kinds = list(dict.fromkeys(layers))
+    tables = [frequencies(config, theta, scaling, length) * np.float32(rotates) for rotates, theta, scaling in kinds]
+    return np.stack(tables), tuple(map(kinds.index, layers))
 
 
-def rotations_of(positions_BT: Array, tables: np.ndarray | Array, factor: float) -> tuple[Rotation, ...]:
-    """The rotation of each kind by its table, [n] or for each row [B, n]; `factor` multiplies cosines and sines
-    (longrope's attention factor)."""
+def rotations_of(
+    config: ModelConfig, positions_BT: Array, length: int | Array
+) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
+    """The rotation of each kind, and which one each layer uses, in texts of up to `length` tokens: one number for all
+    or one for each row. Longrope's attention factor multiplies cosines and sines."""
+    (short, layers), (long, _) = (rotary_kinds(config, length) for length in (0, 2**31))
+    is_long_1B1 = jnp.reshape(length > config.rope_original_context, (1, -1, 1))
+    factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
 
-    def rotation(table: np.ndarray | Array) -> Rotation:
-        angles = positions_BT[:, :, None, None].astype(jnp.float32) * table.reshape(-1, 1, 1, table.shape[-1])
+    def rotation(table_BK: Array) -> Rotation:
+        angles = positions_BT[:, :, None, None].astype(jnp.float32) * table_BK[:, None, None]
         return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
-    return tuple(rotation(table) for table in tables)
+    return tuple(map(rotation, jnp.where(is_long_1B1, long[:, None], short[:, None]))), layers
 
 
 def rotate(x_BTHK: Array, rotation: Rotation) -> Array:

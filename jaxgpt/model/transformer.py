@@ -1,7 +1,7 @@
 """The decoder-only transformer: tokens to hidden states to logits.
 
 The layers' parameters are stacked, [L, ...], and scanned. `Transformer` is a pytree: `jax.jit`, `jax.grad`
-and Optax take it as it is. Letters: B batch, T query length, S key length, D model width, V vocabulary, L layers."""
+and Optax take it as it is. Letters: `jaxgpt/sharding.py`."""
 
 import copy
 from collections.abc import Callable
@@ -14,13 +14,18 @@ from jax import Array
 
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.cross_entropy import output_logits
-from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, sinusoids, weight
-from jaxgpt.model.rotary import Rotation, rotary_kinds, rotations_of
+from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, weight
+from jaxgpt.model.rotary import Rotation, rotations_of
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
 Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, so that each is updated in place
-_Shared = tuple  # by all layers: positions [B, T], document numbers, the distinct rotations, which one each layer uses
+_KEPT: dict[str, Callable | None] = {  # for the backward pass, by `config.remat`
+    # All but weights that were gathered over fsdp: all layers' together are the whole model.
+    "none": lambda primitive, *_, **__: primitive.name != "reshard",
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
 _run_cached = jax.jit(Block.__call__)  # of SmolLM2's 30 layers one is traced: a second less before its first token
 
 
@@ -34,15 +39,13 @@ class Transformer(nnx.Module):
         self.config = config
         layers_key, rest_key = jax.random.split(key)
         rngs = nnx.Rngs(rest_key)
-        table = (config.vocab_rows, config.d_model)
-        self.token_embedding = normal(rngs, "VD", table, 0.02)
+        self.token_embedding = normal(rngs, "VD", config)
         learned, std = config.positions == "learned", 0.01 if config.init == "gpt2" else 0.02
-        places = (config.context_length, config.d_model)
-        self.position_embedding = normal(rngs, "SD", places, std) if learned else None
+        self.position_embedding = normal(rngs, "SD", config, std) if learned else None
         keys = jax.random.split(layers_key, config.n_layers)
         self.layers: Block | tuple[Block, ...] = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(keys)
         self.final_norm = None if config.norm_position == "post" else Norm("D", config)
-        self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", table, 0.02)
+        self.unembedding = None if config.tie_embeddings else normal(rngs, "VD", config)
 
     def __call__(
         self,
@@ -58,31 +61,23 @@ class Transformer(nnx.Module):
         documents of a row: a token sees its own document only, and positions rise within it. With a cache, positions
         say into which slots keys and values go; a position beyond the cache is not written. `lengths_B` says how long
         each text will be, which counts for longrope; by default as long as the row, or the cache."""
-        losses = None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
             positions_BT = shard(positions_BT, "BT")
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x_BTD = self._embed(tokens_BT, positions_BT)
-        x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
+        x_BTD = dropout(self._embed(tokens_BT, positions_BT), self.config.dropout, keys[0])
         length = tokens_BT.shape[1] if cache is None else cache[0][0].shape[1]
-        shared = positions_BT, segments_BT, *self._rotations(positions_BT, length if lengths_B is None else lengths_B)
+        rotations: tuple[tuple, tuple] = (None,), (0,) * self.config.n_layers  # the kinds, and that of each layer
+        if self.config.positions == "rotary":
+            rotations = rotations_of(self.config, positions_BT, length if lengths_B is None else lengths_B)
+        losses = None
         if cache is None:
-            x_BTD, losses = self._train_layers(x_BTD, shared, keys[1])
+            x_BTD, losses = self._train_layers(x_BTD, positions_BT, segments_BT, rotations, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
-            x_BTD, cache = self._cached_layers(x_BTD, shared, cache)
+            x_BTD, cache = self._cached_layers(x_BTD, positions_BT, rotations, cache)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
-
-    def _rotations(self, positions_BT: Array, length: int | Array) -> tuple[Any, tuple[int, ...]]:
-        config = self.config
-        if config.positions != "rotary":
-            return (None,), (0,) * config.n_layers
-        is_long_1B1 = jnp.reshape(length > config.rope_original_context, (1, -1, 1))
-        (short, kinds), (long, _) = (rotary_kinds(config, length) for length in (0, 2**31))
-        factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
-        return rotations_of(positions_BT, jnp.where(is_long_1B1, long[:, None], short[:, None]), factor), kinds
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         dtype = jnp.dtype(self.config.dtype)
@@ -94,13 +89,13 @@ class Transformer(nnx.Module):
         if self.position_embedding is not None:
             table_SD = shard(self.position_embedding[...], "SD")
             x_BTD += table_SD.at[positions_BT].get(out_sharding=where).astype(dtype)
-        if self.config.positions == "sinusoidal":
-            x_BTD += sinusoids(positions_BT, self.config.d_model).astype(dtype)
         return x_BTD
 
-    def _train_layers(self, x_BTD: Array, shared: _Shared, key: Array | None) -> tuple[Array, Array | None]:
+    def _train_layers(
+        self, x_BTD: Array, positions_BT: Array, segments_BT: Array | None, rotations: tuple, key: Array | None
+    ) -> tuple[Array, Array | None]:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
-        config, (positions_BT, segments_BT, rotations, kinds) = self.config, shared
+        config, (rotations, kinds) = self.config, rotations
         segments = None if segments_BT is None else (segments_BT, segments_BT)
 
         def run(x_BTD: Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
@@ -108,7 +103,8 @@ class Transformer(nnx.Module):
             x_BTD, _, losses = layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)
             return x_BTD, losses
 
-        run = _rematerialised(run, config.remat)
+        if config.remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
+            run = jax.checkpoint(run, policy=_KEPT[config.remat])
         windows = config.layer_windows
         keys = None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
@@ -130,15 +126,13 @@ class Transformer(nnx.Module):
         x_BTD, losses_L2 = jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))
         return x_BTD, None if losses_L2 is None else losses_L2.mean(0)
 
-    def _cached_layers(self, x_BTD: Array, shared: _Shared, cache: Cache) -> tuple[Array, Cache]:
+    def _cached_layers(self, x_BTD: Array, positions_BT: Array, rotations: tuple, cache: Cache) -> tuple[Array, Cache]:
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None]
-        new = []
-        positions_BT, _, rotations, kinds = shared
-        layers, windows = self.unstacked().layers, self.config.layer_windows
-        for layer, window, kind, old in zip(layers, windows, kinds, cache, strict=True):  # type: ignore[arg-type]
+        new, layers, windows = [], self.unstacked().layers, self.config.layer_windows
+        for layer, window, kind, old in zip(layers, windows, rotations[1], cache, strict=True):  # type: ignore[arg-type]
             mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
-            x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, mask_BTS, rotations[kind], positions_BT, old, None)
+            x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, mask_BTS, rotations[0][kind], positions_BT, old, None)
             new.append(layer_cache)
         return x_BTD, tuple(new)
 
@@ -161,21 +155,6 @@ class Transformer(nnx.Module):
         return shard(logits_BTV, "BT_")[..., : self.config.vocab_size]
 
 
-def _rematerialised(function: Callable, policy: str) -> Callable:
-    """`none` keeps all but weights that were gathered over fsdp: all layers' together are the whole model."""
-    match policy:
-        case "none":
-            mesh = jax.sharding.get_abstract_mesh()
-            if mesh.empty or mesh.shape["fsdp"] == 1:
-                return function
-            return jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name != "reshard")
-        case "dots":
-            save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(function, policy=save)
-        case _:
-            return jax.checkpoint(function)
-
-
 def new_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` sequences of up to `length` tokens, in the compute dtype."""
     shape = (batch_size, length, config.kv_heads, config.key_dim)
@@ -185,13 +164,11 @@ def new_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
 
 def parameter_name(path: tuple) -> str:
     """A parameter's name, such as `layers.attention.query.kernel`, from its path (which ends in Param's `value`)."""
-    names = [str(getattr(part, "name", getattr(part, "key", getattr(part, "idx", part)))) for part in path]
-    return ".".join(names[:-1] if names[-1] == "value" else names)
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def parameter_count(model: Transformer) -> int:
     """Number of parameters, without the rows that round the vocabulary up."""
-    config, rows = model.config, model.token_embedding.shape[0]
-    tables = 1 if config.tie_embeddings else 2
-    padding = (rows - (config.vocab_size or 0)) * config.d_model * tables
+    config = model.config
+    padding = (config.vocab_rows - (config.vocab_size or 0)) * config.d_model * (1 if config.tie_embeddings else 2)
     return sum(leaf.size for leaf in jax.tree.leaves(model)) - padding

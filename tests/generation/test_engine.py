@@ -328,10 +328,10 @@ def test_a_complete_text_asks_for_nothing_any_more(mesh_of: Callable[..., Any], 
 
 def test_a_character_is_never_split_in_a_stream(tokenizer: Tokenizer) -> None:
     face = tokenizer.encode("\U0001f642")
-    text, row = _Text(Request([1], GREEDY), tokenizer, ()), np.array([1, *face, *face[:2]])
+    text, row = _Text(Request([1], GREEDY), tokenizer), np.array([1, *face, *face[:2]])
     assert [text.push(row, n, False, False).text for n in range(2, 7)] == ["", "", "", "\U0001f642", ""]
     assert text.push(row, 7, True, False).text == "\ufffd", "what is left at the end"
-    text, end = _Text(Request([1], GREEDY), tokenizer, (tokenizer.eos_id,)), [1, *face[:2], tokenizer.eos_id]
+    text, end = _Text(Request([1], GREEDY, (tokenizer.eos_id,)), tokenizer), [1, *face[:2], tokenizer.eos_id]
     assert text.push(np.array(end), 4, True, False).text == "\ufffd", "also where a token ends it"
 
 
@@ -377,7 +377,10 @@ def test_the_context_can_be_filled_but_not_exceeded(mesh_of: Callable[..., Any],
             (full, GREEDY, r"prompt of 96 tokens: the context of 96 has no room; shorten the prompt"),
             ("x", SamplingParams(top_k=401), "top_k is 401: the vocabulary has 400 tokens"),
             ("\ud800", GREEDY, "lone surrogate"),
-            ([-3, 5], GREEDY, "token -3 has no embedding"),
+            ([-3, 5], GREEDY, "prompt: token -3 has no embedding"),
+            ("x", SamplingParams(stop_token_ids=(5, -1)), "stop_token_ids: token -1 has no embedding"),
+            ("x", SamplingParams(stop_token_ids=(5,) * 32), "stop_token_ids: with the model's own, 33 end a text; 32"),
+            ("x", SamplingParams(logit_bias=((400, 1.0),)), "logit_bias: token 400 has no embedding"),
         ):
             with pytest.raises(ConfigError, match=message):
                 engine.generate([prompt], params)

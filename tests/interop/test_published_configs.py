@@ -280,7 +280,7 @@ REFUSED: dict[str, tuple[str, Json, str]] = {
     ),
     "dense layers": ("Qwen3 30B A3B", dict(mlp_only_layers=[0]), "mlp_only_layers is [0], and only [] is implemented"),
     "more than there are": ("Mixtral 8x7B", dict(num_experts_per_tok=9), "experts_per_token <= n_experts"),
-    "an odd part": ("Phi-4 mini", dict(rope_scaling=None, partial_rotary_factor=0.04), "is odd"),
+    "an odd part": ("Phi-4 mini", dict(rope_scaling=None, partial_rotary_factor=0.04), "must be even"),
     "too few factors": (
         "Phi-4 mini",
         dict(rope_scaling=dict(type="longrope", long_factor=[1.0], short_factor=[1.0])),
@@ -361,7 +361,7 @@ def test_a_model_is_written_as_the_first_family_that_can_hold_it() -> None:
 
 
 def test_what_no_family_holds_is_refused_by_its_fields() -> None:
-    odd = ModelConfig(n_layers=1, d_model=32, n_heads=4, vocab_size=50, positions="sinusoidal", logit_softcap=3.0)
+    odd = ModelConfig(n_layers=1, d_model=32, n_heads=4, vocab_size=50, positions="none", logit_softcap=3.0)
     with pytest.raises(ConfigError, match="the nearest, gpt2, differs in positions, logit_softcap; only --to jaxgpt"):
         write_config(odd)
 
@@ -450,7 +450,7 @@ def test_the_frequencies_of_other_peoples_files_are_recognised(factor: float) ->
         ({"llama.attention.head_count": [9] * 30}, "n_heads: Input should be a valid integer"),
         ({"llama.attention.key_length": "x"}, "a setting is missing or of the wrong kind"),
         ({"llama.rope.dimension_count": 2**40}, "model.rope_fraction is "),
-        ({"llama.rope.dimension_count": 7}, "is odd"),
+        ({"llama.rope.dimension_count": 7}, "must be even"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "rope_type is 'yarn'"),
         ({"llama.rope.scaling.type": "linear"}, "there is no factor"),
         ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "model.norm_epsilon is nan"),

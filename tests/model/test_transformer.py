@@ -13,13 +13,13 @@ import pytest
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import Cache, Transformer, layers, new_cache, parameter_count, parameter_name, transformer
 from jaxgpt.model.layers import dropout
-from jaxgpt.model.rotary import rotary_kinds, rotate, rotations_of
+from jaxgpt.model.rotary import rotate, rotations_of
 
 B, T, V = 2, 12, 50
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "first-transformer": dict(positions="sinusoidal", norm_position="post", activation="relu", scale_embeddings=True),
+    "first-transformer": dict(norm_position="post", activation="relu", scale_embeddings=True),
     "llama": dict(
         positions="rotary", rope_theta=100.0, norm="rmsnorm", n_kv_heads=2, attention_bias=False, mlp_bias=False,
         activation="silu", gated_mlp=True, tie_embeddings=False,
@@ -191,8 +191,6 @@ def reference(model: Transformer, tokens_BT: np.ndarray) -> np.ndarray:
     x = p["token_embedding"][tokens_BT] * (np.sqrt(c.d_model) if c.scale_embeddings else 1)
     if c.positions == "learned":
         x = x + p["position_embedding"][places]
-    if c.positions == "sinusoidal":
-        x = x + np.concatenate([np.sin(angles(c.d_model, 1e4)), np.cos(angles(c.d_model, 1e4))], -1)
     for layer in range(c.n_layers):
         for part, f in (("attention", attend), ("mlp", feed_forward)):
             normed = lambda x, part=part, layer=layer: norm(x, f"layers.{part}_norm", c.norm, layer)  # noqa: E731
@@ -361,8 +359,8 @@ def test_rotary_positions_are_relative() -> None:
 
 def test_rotation_keeps_lengths_and_starts_from_none() -> None:
     x_BTHK = jax.random.normal(jax.random.key(0), (B, T, 3, 8))
-    tables, _ = rotary_kinds(tiny(positions="rotary", head_dim=8, rope_theta=100.0), T)
-    turned = jax.jit(lambda x_BTHK: rotate(x_BTHK, rotations_of(at(0, T), tables, 1.0)[0]))(x_BTHK)
+    config = tiny(positions="rotary", head_dim=8, rope_theta=100.0)
+    turned = jax.jit(lambda x_BTHK: rotate(x_BTHK, rotations_of(config, at(0, T), T)[0][0]))(x_BTHK)
     np.testing.assert_array_equal(turned[:, 0], x_BTHK[:, 0])
     lengths = [np.linalg.norm(np.reshape(a, (B, T, 3, 2, 4)), axis=3) for a in (turned, x_BTHK)]
     np.testing.assert_allclose(lengths[0], lengths[1], rtol=1e-5)
