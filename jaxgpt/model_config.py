@@ -111,6 +111,8 @@ class ModelConfig(Section):
         if self.positions == "rotary":
             even, named = self.rotary_dim % 2 == 0 < self.rotary_dim, f"model.head_dim {self.key_dim}"
             require(even, f"{named} times model.rope_fraction {self.rope_fraction} must be even for rotary positions")
+        if self.positions == "sinusoidal":
+            require(self.d_model % 2 == 0, f"model.d_model {self.d_model} must be even for sinusoidal positions")
         legal = all(type(window) is int and 0 <= window < 2**31 for window in self.windows)
         require(legal, f"model.windows {self.windows[:9]}: sizes must be integers, 0 or more and below 2^31")
         if self.n_experts:

@@ -70,7 +70,7 @@ def test_the_peak_of_this_machine_is_measured_once_whatever_the_mesh(
     """Simulated devices share the cores: eight together do as much as one alone."""
     peaks = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
-        roofline._measured_cpu_flops.cache_clear()
+        roofline.measured_flops.cache_clear()
         with mesh_of(*sizes) as mesh:
             peaks.append(peak_flops(mesh) or 0)
     with mesh_of() as mesh:

@@ -107,6 +107,13 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
+def sinusoids(positions_BT: Array, width: int) -> Array:
+    """Fixed sine and cosine positions [B, T, width] (arXiv:1706.03762, section 3.5), sines first."""
+    turns = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles_BTK = positions_BT[:, :, None].astype(jnp.float32) * turns[None, None]
+    return jnp.concatenate([jnp.sin(angles_BTK), jnp.cos(angles_BTK)], axis=-1)
+
+
 class Attention(nnx.Module):
     """Causal multi-head, grouped-query or multi-query attention."""
 

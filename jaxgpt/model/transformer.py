@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.cross_entropy import output_logits
-from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, weight
+from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, sinusoids, weight
 from jaxgpt.model.rotary import Rotation, rotations_of
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
@@ -89,6 +89,8 @@ class Transformer(nnx.Module):
         if self.position_embedding is not None:
             table_SD = shard(self.position_embedding[...], "SD")
             x_BTD += table_SD.at[positions_BT].get(out_sharding=where).astype(dtype)
+        if self.config.positions == "sinusoidal":
+            x_BTD += sinusoids(positions_BT, self.config.d_model).astype(dtype)
         return x_BTD
 
     def _train_layers(

@@ -361,7 +361,7 @@ def test_a_model_is_written_as_the_first_family_that_can_hold_it() -> None:
 
 
 def test_what_no_family_holds_is_refused_by_its_fields() -> None:
-    odd = ModelConfig(n_layers=1, d_model=32, n_heads=4, vocab_size=50, positions="none", logit_softcap=3.0)
+    odd = ModelConfig(n_layers=1, d_model=32, n_heads=4, vocab_size=50, positions="sinusoidal", logit_softcap=3.0)
     with pytest.raises(ConfigError, match="the nearest, gpt2, differs in positions, logit_softcap; only --to jaxgpt"):
         write_config(odd)
 

@@ -19,7 +19,7 @@ B, T, V = 2, 12, 50
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "first-transformer": dict(norm_position="post", activation="relu", scale_embeddings=True),
+    "first-transformer": dict(positions="sinusoidal", norm_position="post", activation="relu", scale_embeddings=True),
     "llama": dict(
         positions="rotary", rope_theta=100.0, norm="rmsnorm", n_kv_heads=2, attention_bias=False, mlp_bias=False,
         activation="silu", gated_mlp=True, tie_embeddings=False,
@@ -191,6 +191,8 @@ def reference(model: Transformer, tokens_BT: np.ndarray) -> np.ndarray:
     x = p["token_embedding"][tokens_BT] * (np.sqrt(c.d_model) if c.scale_embeddings else 1)
     if c.positions == "learned":
         x = x + p["position_embedding"][places]
+    if c.positions == "sinusoidal":
+        x = x + np.concatenate([np.sin(angles(c.d_model, 1e4)), np.cos(angles(c.d_model, 1e4))], -1)
     for layer in range(c.n_layers):
         for part, f in (("attention", attend), ("mlp", feed_forward)):
             normed = lambda x, part=part, layer=layer: norm(x, f"layers.{part}_norm", c.norm, layer)  # noqa: E731
