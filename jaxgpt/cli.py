@@ -201,8 +201,8 @@ class Tokenize:
 
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if self.text == "-" else self.text
         for path in self.tokenizer:
-            cut = open_tokenizer(path).rows(text)
-            rows = [(repr(piece)[1:-1], str(token), raw.hex(" ")) for piece, token, raw in cut]
+            known = open_tokenizer(path)
+            rows = [(repr(known.pieces[i])[1:-1], str(i), known.token_bytes[i].hex(" ")) for i in known.encode(text)]
             width = max(cell_len(piece) for piece, *_ in [("piece", ""), *rows])
             for piece, token, raw_bytes in [("piece", "id", "bytes"), *rows]:
                 print(f"{set_cell_size(piece, width)}  {token:<6}  {raw_bytes}")
@@ -277,11 +277,11 @@ class Chat(Compute):
 
 
 def bench(arguments: list[str], program: str) -> None:
-    """Time kernels, train, compile or generate; `jaxgpt bench kernels --help` and so on list the options."""
+    """Time kernels, train or generate; `jaxgpt bench kernels --help` and so on list the options."""
     from jaxgpt.bench.kernels import Kernels
-    from jaxgpt.bench.programs import Compile, Generate, Train
+    from jaxgpt.bench.programs import Generate, Train
 
-    parse(arguments, Kernels | Train | Compile | Generate, program).run()  # type: ignore[arg-type]
+    parse(arguments, Kernels | Train | Generate, program).run()  # type: ignore[arg-type]
 
 
 VERBS: dict[str, Any] = {  # a class of options, or a function of the words behind the verb and the program's name

@@ -82,9 +82,9 @@ def test_special_tokens_have_the_first_ids_and_only_the_program_writes_them(toke
 def test_code_gets_pieces_for_indentation_and_line_ends() -> None:
     tokenizer = train_tokenizer(sources(), TokenizerConfig(vocab_size=700))
     text = "):\n        return x\n"
-    pieces = [piece for piece, _, _ in tokenizer.rows(text)]
+    pieces = [tokenizer.pieces[token] for token in tokenizer.encode(text)]
     assert len(pieces) <= 6 and SPACE * 8 in pieces and any(piece.endswith(":\n") for piece in pieces)
-    assert b"".join(raw for _, _, raw in tokenizer.rows(text)) == text.encode()
+    assert b"".join(tokenizer.token_bytes[token] for token in tokenizer.encode(text)) == text.encode()
     assert not any(SPACE in tokenizer.token_bytes[i].decode(errors="replace") for i in range(700))
 
 

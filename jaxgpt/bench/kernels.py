@@ -1,8 +1,7 @@
 """Operations in every implementation that there is for the device: how exact, how fast, how far from the roofline.
 
-Figures are those of the forward pass, or of forward and backward together, for the gradients of all differentiable
-inputs. Bytes are those of inputs and results, read or written once. The roofline is what a matrix product, and a read
-of the memory, reached on this device."""
+Figures are of the forward pass, or of both passes for all gradients; bytes those of inputs and results, read or written
+once; the roofline is what a matrix product, and a read of the memory, reached on this device."""
 
 import functools
 import itertools
@@ -43,7 +42,8 @@ class Kernels(Output):
         sizes, rows = parse_sizes(self.shapes), list[Row]()
         for target in self.compile_for or ("",):
             rows += measure(contenders(self.op or tuple(OPERATIONS), sizes, self.dtype, target), self.rounds)
-        self.show("kernels", rows, {} if self.compile_for else limits(self.dtype))
+        limits = {"GFLOP/s": measured_flops(self.dtype) / 1e9, "GB/s": measured_bandwidth() / 1e9}
+        self.show("kernels", rows, {} if self.compile_for else limits)
 
 
 def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "") -> Iterator[Contender]:
@@ -69,20 +69,10 @@ def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "")
                 yield Contender(title, implementation, None, figures | {"reason": "compiles"})
                 continue
             moved = memory.argument_size_in_bytes + memory.output_size_in_bytes  # arguments that are needed
-            figures |= needs(run.flops, moved, limits(dtype))
+            shortest = max(run.flops / measured_flops(dtype), moved / measured_bandwidth())
+            figures |= {"flops": run.flops, "bytes": moved, "intensity": run.flops / moved, "roofline_s": shortest}
             call = functools.partial(next, itertools.starmap(compiled, turns))
             yield Contender(title, implementation, call, figures, expected)
-
-
-def limits(dtype: str) -> Row:
-    """What this device can do, as measured."""
-    return {"GFLOP/s": measured_flops(dtype) / 1e9, "GB/s": measured_bandwidth() / 1e9}
-
-
-def needs(flops: float, moved: float, limits: Row) -> Row:
-    """Operations, bytes, their ratio, and the seconds that the device takes at least."""
-    shortest = max(flops / limits["GFLOP/s"], moved / limits["GB/s"]) / 1e9
-    return {"flops": flops, "bytes": moved, "intensity": flops / moved, "roofline_s": shortest}
 
 
 def absent_devices(target: str) -> Sequence[jax.Device]:

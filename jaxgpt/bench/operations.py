@@ -1,9 +1,7 @@
 """The operations of a transformer at one shape: what they need, what is right, and who can compute it.
 
 An oracle is the plain formula, written apart from what it checks; it is run in float64. FLOPs are those that the
-mathematics needs: half of a causal square.
-Letters: B batch, T length, S key length, D width, H heads, G key/value heads, R = H / G, K head width, F feed-forward
-width, V vocabulary, E experts, M experts of a token."""
+mathematics needs: half of a causal square. Letters: `jaxgpt/sharding.py`, R = H / G, M experts of a token."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -1,6 +1,4 @@
-"""What a user would take instead: PyTorch for training, transformers for generation. Needs the extra `parity`.
-
-Letters: B batch, T length."""
+"""What a user would take instead: PyTorch for training, transformers for generation. Needs the extra `parity`."""
 
 import functools
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from jaxgpt.bench.programs import random_batch, workloads
 from jaxgpt.bench.report import Contender
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.interop.configs import write_config
 from jaxgpt.interop.convert import convert
 
 try:
@@ -24,19 +23,12 @@ except ImportError:
 
 
 def gpt2(config: ModelConfig) -> Any:
-    """nanoGPT's mathematics, with fused attention. Raises ConfigError for a model that has others."""
-    plain = ModelConfig(
-        n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, vocab_size=config.vocab_size,
-        context_length=config.context_length, scan_layers=config.scan_layers, remat=config.remat,
-    )  # fmt: skip
-    if config != plain:
-        raise ConfigError("--against torch: this is not nanoGPT's model in float32; give S or M")
-    same = transformers.GPT2Config(
-        n_layer=config.n_layers, n_embd=config.d_model, n_head=config.n_heads, vocab_size=config.vocab_size or 0,
-        n_positions=config.context_length, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(same)
+    """The same model with fused attention. Raises ConfigError where that is not GPT-2 in float32, without dropout."""
+    family, hf = write_config(config, "gpt2")
+    if family.model_type != "gpt2" or config.dtype != "float32" or config.dropout:
+        raise ConfigError("--against torch: this is not GPT-2 in float32, without dropout; give S or M")
+    none: Any = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf | none))
 
 
 def torch_training(config: TrainConfig) -> Iterator[Contender]:
@@ -70,7 +62,9 @@ def transformers_generation(source: Path, scratch: Path, config: ModelConfig) ->
     model = transformers.AutoModelForCausalLM.from_pretrained(scratch / "model", dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
 
-    def batch(prompts: list[list[int]], news: list[int]) -> list[list[int]]:
+    def batches(prompts: list[list[int]], news: list[int], size: int) -> list[list[int]]:
+        if size < len(prompts):
+            return batches(prompts[:size], news[:size], size) + batches(prompts[size:], news[size:], size)
         longest = max(map(len, prompts))
         ids, mask = torch.zeros((2, len(prompts), longest), dtype=torch.long)
         for i, prompt in enumerate(prompts):
@@ -79,10 +73,6 @@ def transformers_generation(source: Path, scratch: Path, config: ModelConfig) ->
         with torch.no_grad():
             rows = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
         return [row[:new] for row, new in zip(rows, news, strict=True)]
-
-    def batches(prompts: list[list[int]], news: list[int], size: int) -> list[list[int]]:
-        starts = range(0, len(prompts), size)
-        return [text for i in starts for text in batch(prompts[i : i + size], news[i : i + size])]
 
     for name, (prompts, news) in workloads(config).items():
         tokens = len(prompts[0]) if name.startswith("prefill") else sum(news)

@@ -1,6 +1,4 @@
-"""Whole programs: a training step, its compilation, prompts and texts of a model, and what a user would take instead.
-
-Letters: B batch, T length."""
+"""Whole programs: a training step, prompts and texts of a model, and what a user would take instead."""
 
 import dataclasses
 import functools
@@ -8,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,6 @@ from tyro.conf import Positional
 from jaxgpt.bench.report import Contender, Output, Row, measure
 from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.errors import note
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.interop.load import Dtype, load_model
@@ -45,13 +42,12 @@ class Train(Output):
     # vocabulary 50304.
     configs: Positional[tuple[str, ...]] = ("S", "M")
     against: Literal["none", "torch"] = "none"  # Also time PyTorch, eager and compiled, in turn.
-    profile: Path | None = None  # Directory for a trace of three steps.
 
     def run(self) -> None:
         rows: list[Row] = []
         for name in self.configs:
             with _on_mesh(name) as config:
-                contenders = [training_step(config, self.profile and self.profile / config.name)]
+                contenders = [training_step(config)]
                 if self.against == "torch":
                     from jaxgpt.bench.peers import torch_training
 
@@ -61,29 +57,16 @@ class Train(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compile(Output):
-    """Time the compilation of the training step, for 4 and for 24 layers."""
-
-    config: Positional[str] = "S"  # Preset, S or M.
-    rounds: int = 3  # Times that each is compiled; the median counts.
-
-    def run(self) -> None:
-        with _on_mesh(self.config) as config:
-            self.show("compile", measure(compilations(config), self.rounds), {})
-
-
-@dataclass(frozen=True, kw_only=True)
 class Generate(Output):
     """Time generation: a long prompt, one text, eight at once, and 32 requests of mixed lengths."""
 
     model: Positional[Path]  # Run directory, directory of a Hugging Face model, or .gguf file.
     against: Literal["none", "transformers"] = "none"  # Also time transformers, in turn, in static batches.
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))  # Devices to spread the model over.
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:
-        devices = jax.devices()[: self.mesh.size]
-        with jax.set_mesh(make_mesh(self.mesh, devices)), tempfile.TemporaryDirectory() as scratch:
+        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
             trained = load_model(self.model, dtype=self.dtype)
             contenders = list(generations(trained))
             if self.against == "transformers":
@@ -113,8 +96,8 @@ def random_batch(config: TrainConfig) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, T), np.int32), positions)
 
 
-def training_step(config: TrainConfig, profile: Path | None = None) -> Contender:
-    """The compiled step. With `profile`, first a trace of three into that directory."""
+def training_step(config: TrainConfig) -> Contender:
+    """The compiled step."""
     batch = random_batch(config)
     state: TrainState = jax.jit(init_state, static_argnums=0)(config)
     placed, began = place_batch(batch), time.perf_counter()
@@ -130,22 +113,7 @@ def training_step(config: TrainConfig, profile: Path | None = None) -> Contender
         state, metrics = step(state, placed)
         return metrics
 
-    if profile:
-        with jax.profiler.trace(profile):
-            for _ in range(3):
-                jax.block_until_ready(call())
-        note(f"three steps are traced into {profile}; show them with xprof or ui.perfetto.dev")
     return Contender(f"train {config.name}", "jaxgpt", call, figures)
-
-
-def compilations(config: TrainConfig) -> Iterator[Contender]:
-    """Tracing and compiling the step for 4 and for 24 layers."""
-    for layers in (4, 24):
-        deep = dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=layers, scan_layers=True))
-        state = jax.eval_shape(lambda deep=deep: init_state(deep))
-        batch = place_batch(random_batch(deep))
-        call = lambda deep=deep, state=state, batch=batch: make_train_step(deep).lower(state, batch).compile()  # noqa: E731
-        yield Contender(f"compile {config.name}", f"{layers} layers", call, {})
 
 
 def workloads(config: ModelConfig) -> dict[str, tuple[list[list[int]], list[int]]]:
@@ -165,7 +133,7 @@ def workloads(config: ModelConfig) -> dict[str, tuple[list[list[int]], list[int]
 
 def generations(trained: TrainedModel) -> Iterator[Contender]:
     """The workloads, greedy, up to 8 texts at a time."""
-    config = trained.model.config
+    config = trained.config
     pass_seconds = sum(leaf.nbytes for leaf in jax.tree.leaves(trained.model)) / measured_bandwidth()
     for name, (prompts, news) in workloads(config).items():
         figures: Row = {"tokens": sum(news)}

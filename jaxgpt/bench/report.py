@@ -84,21 +84,17 @@ class Output:
             if now[what] != then.get(what):
                 both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
                 raise ConfigError(f"{both}; make another with --save-baseline")
-        known, found = _quartiles(then), _quartiles(now)
-        pairs = {name: (found[name], known[name]) for name in found if name in known}
-        slower = [
-            f"{name} takes {new[1] / old[1]:.2f} times as long"
-            for name, (new, old) in pairs.items()
-            if new[0] > old[1] * (1 + self.tolerance)
-        ]
+        known = {(row["name"], row["implementation"]): row["relative"] for row in then["rows"] if "relative" in row}
+        slower, compared = [], 0
+        for row in now["rows"]:
+            if "relative" in row and (old := known.get((row["name"], row["implementation"]))):
+                compared += 1
+                if row["relative"][0] > old[1] * (1 + self.tolerance):
+                    times = row["relative"][1] / old[1]
+                    slower.append(f"{row['name']} {row['implementation']} takes {times:.2f} times as long")
         if slower:
             raise SlowerError(f"slower than {self.baseline}: {'; '.join(slower)}")
-        note(f"{len(pairs)} of the {len(known)} times in {self.baseline} compared: none is slower")
-
-
-def _quartiles(document: Row) -> dict[str, list[float]]:
-    timed = [row for row in document["rows"] if "relative" in row]
-    return {f"{row['name']} {row['implementation']}": row["relative"] for row in timed}
+        note(f"{compared} of the {len(known)} times in {self.baseline} compared: none is slower")
 
 
 def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:

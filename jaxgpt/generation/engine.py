@@ -150,8 +150,8 @@ class Engine:
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
         """One request for each sample of a prompt. Raises ConfigError for a prompt that leaves no room in the context,
         or an id or top_k outside the vocabulary."""
-        ids, context, vocabulary = self._ids(prompt), self._model.config.context_length, self._model.config.vocab_size
-        assert vocabulary is not None
+        ids, context = self._ids(prompt), self._model.config.context_length
+        vocabulary = self._model.config.vocab_size or 0
         if not ids:
             raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
         named = {"prompt": ids, "logit_bias": dict(params.logit_bias), "stop_token_ids": params.stop_token_ids}
@@ -262,11 +262,10 @@ def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) 
 @jax.jit
 def for_decoding(model: Transformer) -> Transformer:
     """A copy with a tuple of layers, matrices and tables in the compute dtype: the same results for half the bytes."""
-    dtype = jnp.dtype(model.config.dtype)
-    used_so = ("kernel", "embedding")  # norms, biases and routers are used in float32
 
-    def cast(path: tuple, p: Array) -> Array:
+    def cast(path: tuple, p: Array) -> Array:  # norms, biases and routers are used in float32
         name = parameter_name(path)
-        return p.astype(dtype) if name.endswith(used_so) and not name.endswith("router.kernel") else p
+        used_so = name.endswith(("kernel", "embedding")) and not name.endswith("router.kernel")
+        return p.astype(jnp.dtype(model.config.dtype)) if used_so else p
 
     return jax.tree_util.tree_map_with_path(cast, model.unstacked())

@@ -97,10 +97,6 @@ class Tokenizer(ABC):
         """The whole text that `ids` encode, without a dummy prefix; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self.prefix)
 
-    def rows(self, text: str) -> list[tuple[str, int, bytes]]:
-        """(piece, id, bytes) of each token of `text`, for people to look at."""
-        return [(self.pieces[token], token, self.token_bytes[token]) for token in self.encode(text)]
-
     def _take(self, settings: Settings) -> None:
         """Let the settings that stand beside a model decide what begins and ends a text."""
         for kind in ("bos", "eos", "pad"):

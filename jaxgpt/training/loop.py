@@ -133,7 +133,7 @@ class Trainer:
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
         if start and self.evaluation_due(start) and not self.evaluate(start, state):
-            raise self.stopped(start)
+            raise Stopped(f"stopped after step {start}, {self._saved()}; run the same command to go on")
         if start >= self.last:
             self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
@@ -162,11 +162,8 @@ class Trainer:
             self.checkpoints.save(step, state.model, state.rest, self.provenance)
         if stopping and not (complete and step == self.last):
             self.checkpoints.wait()
-            raise self.stopped(step)
+            raise Stopped(f"stopped after step {step}, {self._saved()}; run the same command to go on")
         self.resumed = time.perf_counter()
-
-    def stopped(self, step: int) -> Stopped:
-        return Stopped(f"stopped after step {step}, {self._saved()}; run the same command to go on")
 
     def _saved(self) -> str:
         return f"the newest saved step is {self.checkpoints.saved_step}"

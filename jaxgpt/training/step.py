@@ -45,8 +45,7 @@ def init_state(config: TrainConfig) -> TrainState:
 
 def loss_options(config: TrainConfig) -> LossOptions:
     model, training = config.model, config.training
-    assert model.vocab_size is not None
-    return LossOptions(model.vocab_size, model.logit_softcap, training.z_loss, training.loss_chunks)
+    return LossOptions(model.vocab_size or 0, model.logit_softcap, training.z_loss, training.loss_chunks)
 
 
 def batch_loss(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.bench import programs
-from jaxgpt.bench.programs import compilations, generations, random_batch, training_step, workloads
+from jaxgpt.bench.programs import generations, random_batch, training_step, workloads
 from jaxgpt.bench.report import measure
 from jaxgpt.cli import dispatch
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
@@ -40,17 +40,15 @@ def test_mfu_is_about_one_at_most(mesh_of: Callable[..., Any]) -> None:
     assert 0.05 < row["mfu"] < 1.5
 
 
-def test_a_trace_is_written(mesh_of: Callable[..., Any], tmp_path: Path) -> None:
-    with mesh_of():
-        training_step(CONFIG, tmp_path / "trace")
-    assert list(tmp_path.glob("trace/plugins/profile/*/*.xplane.pb"))
-
-
-def test_compilation_is_that_of_both_depths(mesh_of: Callable[..., Any]) -> None:
-    with mesh_of():
-        four, more = measure(compilations(CONFIG), rounds=1)
-    assert (four["implementation"], more["implementation"]) == ("4 layers", "24 layers")
-    assert four["ms"] > 100 and more["ratio"] > 1 / 4  # all layers are one loop
+@pytest.mark.slow
+def test_many_layers_compile_about_as_fast_as_few(mesh_of: Callable[..., Any]) -> None:
+    """They are one loop: 24 take at most 1.3 times as long as 4 (here twice, on a machine with other work)."""
+    seconds = {}
+    for layers in (2, 4, 24):  # the first one also compiles what all have in common
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, n_layers=layers))
+        with mesh_of():
+            seconds[layers] = training_step(config).figures["compile_s"]
+    assert seconds[24] < 2 * seconds[4]
 
 
 @pytest.mark.slow
