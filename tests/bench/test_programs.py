@@ -42,13 +42,13 @@ def test_mfu_is_about_one_at_most(mesh_of: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_many_layers_compile_about_as_fast_as_few(mesh_of: Callable[..., Any]) -> None:
-    """They are one loop: 24 take at most 1.3 times as long as 4 (here twice, on a machine with other work)."""
+    """They are one loop: 24 take at most 1.3 times as long as 4 (here 1.6, on a machine with other work)."""
     seconds = {}
-    for layers in (2, 4, 24):  # the first one also compiles what all have in common
+    for layers in (4, 24):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, n_layers=layers))
         with mesh_of():
             seconds[layers] = training_step(config).figures["compile_s"]
-    assert seconds[24] < 2 * seconds[4]
+    assert seconds[24] < 1.6 * seconds[4]
 
 
 @pytest.mark.slow
@@ -84,7 +84,8 @@ def tiny_trained(mesh_of: Callable[..., Any]) -> Any:
         vocab_size=256, bos_ids=[], end_ids=(), token_bytes=[bytes([i]) for i in range(256)], encode=None
     )
     with mesh_of():
-        yield SimpleNamespace(model=jax.jit(lambda: Transformer(model, jax.random.key(0)))(), tokenizer=tokenizer)
+        made = jax.jit(lambda: Transformer(model, jax.random.key(0)))()
+        yield SimpleNamespace(config=model, model=made, tokenizer=tokenizer)
 
 
 def test_the_command_prints_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +142,7 @@ def test_torch_is_compared_with_its_own_model_only() -> None:
     from jaxgpt.bench.peers import torch_training
 
     rotary = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, positions="rotary"))
-    with pytest.raises(ConfigError, match="this is not nanoGPT's model"):
+    with pytest.raises(ConfigError, match="this is not GPT-2"):
         list(torch_training(rotary))
     names = [c.implementation for c in torch_training(CONFIG)]
     assert names == ["torch eager", "torch compiled"]
