@@ -11,10 +11,19 @@ from typing import Any
 
 import pytest
 
-from jaxgpt.errors import BadFileError, ConfigError, JaxgptError, Stopped, StorageError, TrainingError, nearest
+from jaxgpt.errors import (
+    BadFileError,
+    ConfigError,
+    JaxgptError,
+    SlowerError,
+    Stopped,
+    StorageError,
+    TrainingError,
+    nearest,
+)
 
 ROOT = Path(__file__).parents[1]
-TABLE = {ConfigError: 2, BadFileError: 65, TrainingError: 70, StorageError: 74, Stopped: 75}
+TABLE = {SlowerError: 1, ConfigError: 2, BadFileError: 65, TrainingError: 70, StorageError: 74, Stopped: 75}
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def gpt2(config: ModelConfig) -> Any:
         family, hf = write_config(config, "gpt2")
         if family.model_type == "gpt2" and config.dtype == "float32" and not config.dropout:
             none: Any = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+            none |= dict.fromkeys(("bos_token_id", "eos_token_id"))
             return transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf | none))
     raise ConfigError("--against torch: this is not GPT-2 in float32, without dropout; give S or M")
 

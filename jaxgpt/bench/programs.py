@@ -62,6 +62,7 @@ class Generate(Output):
 
     model: Positional[Path]  # Run directory, directory of a Hugging Face model, or .gguf file.
     against: Literal["none", "transformers"] = "none"  # Also time transformers, in turn, in static batches.
+    rounds: int = 3  # Times that each is measured, in turn with the others; the median counts.
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:

@@ -109,12 +109,13 @@ def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
             rows.append(row := {"name": name, "implementation": implementation, **figures})
             if call is None:
                 continue
+            began = time.perf_counter()
             try:
                 result = jax.block_until_ready(call())
             except RuntimeError as error:  # such as a peer's compiler that is not there
                 row["reason"] = first_line(error)
                 continue
-            timed.append((row, call))
+            timed.append((row, call, time.perf_counter() - began > 1))
             if expected is not None:
                 pairs = zip(jax.tree.leaves(result), expected, strict=True)
                 row["error"] = max(float(np.abs(np.asarray(a, float) - b).max() / np.abs(b).max()) for a, b in pairs)
@@ -123,8 +124,8 @@ def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
                 equal = sum(a == b for a, b in zip(texts, result, strict=True))
                 row["reason"] = f"{equal} of {len(result)} texts equal"
         if timed:
-            samples = _samples([_yardstick(), *(call for _, call in timed)], rounds)
-            for (row, _), seconds in zip(timed, samples[1:], strict=True):
+            samples = _samples([(_yardstick(), False), *((call, is_long) for _, call, is_long in timed)], rounds)
+            for (row, *_), seconds in zip(timed, samples[1:], strict=True):
                 row |= _times(row, seconds, yardstick=samples[0], first=samples[1])
     return rows
 
@@ -140,8 +141,8 @@ def _yardstick() -> Callable[[], Any]:
     return lambda: compiled(a, b)
 
 
-def _samples(calls: list[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Seconds of one call [calls, rounds]."""
+def _samples(calls: list[tuple[Callable[[], Any], bool]], rounds: int) -> np.ndarray:
+    """Seconds of one call [calls, rounds]; one that is not known to be long is repeated."""
 
     def seconds(call: Callable[[], Any], repeats: int) -> float:
         began = time.perf_counter()
@@ -150,8 +151,8 @@ def _samples(calls: list[Callable[[], Any]], rounds: int) -> np.ndarray:
         jax.block_until_ready(result)
         return (time.perf_counter() - began) / repeats
 
-    repeats = [max(1, round(SHORTEST / max(seconds(call, 1), 1e-9))) for call in calls]
-    return np.array([list(map(seconds, calls, repeats)) for _ in range(rounds)]).T
+    repeats = [1 if is_long else max(1, round(SHORTEST / max(seconds(call, 1), 1e-9))) for call, is_long in calls]
+    return np.array([[seconds(call, n) for (call, _), n in zip(calls, repeats, strict=True)] for _ in range(rounds)]).T
 
 
 def _times(row: Row, seconds: np.ndarray, yardstick: np.ndarray, first: np.ndarray) -> Row:
