@@ -72,10 +72,6 @@ def _causal_oracle(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
     return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(jnp.where(seen_TS, scores_BHTS, -jnp.inf)), v_BSHK)
 
 
-def _library_attention(kind: Any) -> Function:
-    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=q.shape[1] > 1, implementation=kind)
-
-
 def _splash(s: Sizes) -> Function:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -96,10 +92,12 @@ def _attention(s: Sizes, platform: str, decoding: bool = False) -> Operation:
     T = 1 if decoding else s.T
     positions_BS: Any = np.broadcast_to(np.arange(s.T), (s.B, s.T))
     mask_BTS = lambda: attention_mask(positions_BS[:, s.T - T :], positions_BS)  # noqa: E731
+    library = functools.partial(jax.nn.dot_product_attention, is_causal=T > 1)
+    cudnn = functools.partial(library, implementation="cudnn")
     implementations: dict[str, Function | str] = {
         "plain": lambda q, k, v: attention(q, k, v, mask_BTS(), None, None),
-        "jax.nn": _library_attention("xla"),
-        "jax.nn cudnn": _library_attention("cudnn") if platform == "gpu" else "only on an NVIDIA GPU",
+        "jax.nn": functools.partial(library, implementation="xla"),
+        "jax.nn cudnn": cudnn if platform == "gpu" else "only on an NVIDIA GPU",
     }
     if not decoding:
         blocks = {"blocks": lambda q, k, v: causal_attention(q, k, v, mask_BTS(), None, None)}
@@ -131,10 +129,8 @@ def _loss(s: Sizes, platform: str) -> Operation:
 
 
 def _block(s: Sizes) -> Any:
-    config = ModelConfig(
-        n_layers=1, d_model=s.D, n_heads=s.H, n_kv_heads=s.G, head_dim=s.K, d_ff=s.F, vocab_size=1, norm="rmsnorm",
-        activation="silu", gated_mlp=True, mlp_bias=False,
-    )  # fmt: skip
+    shape: Any = dict(n_layers=1, d_model=s.D, n_heads=s.H, n_kv_heads=s.G, head_dim=s.K, d_ff=s.F, vocab_size=1)
+    config = ModelConfig(**shape, norm="rmsnorm", activation="silu", gated_mlp=True, mlp_bias=False)
     return Transformer(config, jax.random.key(0)).unstacked().layers[0]  # type: ignore[index]
 
 
@@ -187,8 +183,7 @@ def _moe(s: Sizes, platform: str) -> Operation:
 
 
 def _optimizer(s: Sizes, platform: str) -> Operation:
-    """AdamW without clipping, for one matrix: it, and both its moments."""
-    config = OptimizerConfig(warmup_steps=0, schedule="constant", clip_norm=0.0)
+    config = OptimizerConfig(warmup_steps=0, schedule="constant", clip_norm=0.0)  # AdamW, of one matrix
     rule = make_optimizer(config, 2)
     parameter, gradient = {"kernel": _normal(s.D, s.F)}, {"kernel": _normal(s.D, s.F, std=0.1)}
     state = rule.update(gradient, rule.init(parameter), parameter)[1]

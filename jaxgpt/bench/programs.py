@@ -118,8 +118,7 @@ def training_step(config: TrainConfig) -> Contender:
 
 
 def workloads(config: ModelConfig) -> dict[str, tuple[list[list[int]], list[int]]]:
-    """Prompts of random tokens, and how many new tokens each gets: a prompt of half the context; one text, and eight at
-    once; a mix of prompts of 16 to 256 tokens that get 16 to 128. Half of a short context bounds them all."""
+    """Prompts of random tokens, and how many new tokens each gets; at most half the context each."""
     half, rng = config.context_length // 2, np.random.default_rng(0)
     sizes, news = (rng.integers(min(16, half), min(most, half) + 1, 32).tolist() for most in (256, 128))
     long, *prompts = (rng.integers(0, config.vocab_size or 0, n).tolist() for n in (min(1024, half), *sizes))

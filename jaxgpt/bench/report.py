@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import ConfigError, SlowerError, note
-from jaxgpt.files import read_json, write_atomically
+from jaxgpt.files import read_json, reading, write_atomically
+from jaxgpt.model_config import require
 
 Row = dict[str, Any]
 SHORTEST = 0.005  # seconds that one sample takes at least: shorter calls are repeated
@@ -52,8 +53,11 @@ class Output:
     tolerance: float = 0.1  # Share by which a program may be slower than in the baseline.
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not 0 <= self.tolerance < 100:
-            raise ConfigError(f"rounds {self.rounds}, tolerance {self.tolerance}: at least 1, and from 0 to 100")
+        legal = self.rounds >= 1 and 0 <= self.tolerance < 100
+        require(legal, f"rounds {self.rounds}, tolerance {self.tolerance}: at least 1, and from 0 to 100")
+        for path in filter(None, (self.html, self.save_baseline)):  # now, not after minutes
+            require(path.parent.is_dir(), f"{path}: there is no directory {path.parent}; make it")
+        require(not self.baseline or self.baseline.is_file(), f"baseline {self.baseline}: there is no such file")
 
     def show(self, benchmark: str, rows: list[Row], limits: Row) -> None:
         """Print, write, compare. Raises SlowerError with names, and ConfigError for the baseline of another device."""
@@ -67,8 +71,8 @@ class Output:
                 cells = ("" if row.get(key) is None else how.format(row[key]) for key, (_, how) in columns.items())
                 line = "".join(f"{cell:>9}" for cell in cells).rstrip()
                 print(f"  {row['implementation']:<22}{line}  {row.get('reason', '')}".rstrip())
-        said = ", ".join(f"{name} {value:,.1f}" for name, value in limits.items())
-        print(f"{device}, jax {jax.__version__}{', measured here: ' * bool(said)}{said}")
+        here = "".join(f", {value:,.1f} {name} here" for name, value in limits.items())
+        print(f"{device}, jax {jax.__version__}{here}")
         encoded = json.dumps(document, allow_nan=False)
         if self.html:
             page = Path(__file__).with_name("report.html").read_text("utf-8")
@@ -84,14 +88,15 @@ class Output:
             if now[what] != then.get(what):
                 both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
                 raise ConfigError(f"{both}; make another with --save-baseline")
-        known = {(row["name"], row["implementation"]): row["relative"] for row in then["rows"] if "relative" in row}
+        with reading(f"baseline {self.baseline}"):
+            known = {(row["name"], row["implementation"]): row["relative"] for row in then["rows"] if "relative" in row}
         slower, compared = [], 0
         for row in now["rows"]:
             if "relative" in row and (old := known.get((row["name"], row["implementation"]))):
                 compared += 1
                 if row["relative"][0] > old[1] * (1 + self.tolerance):
-                    times = row["relative"][1] / old[1]
-                    slower.append(f"{row['name']} {row['implementation']} takes {times:.2f} times as long")
+                    what = f"{row['name']} {row['implementation']}"
+                    slower.append(f"{what} takes {row['relative'][1] / old[1]:.2f} times as long")
         if slower:
             raise SlowerError(f"slower than {self.baseline}: {'; '.join(slower)}")
         note(f"{compared} of the {len(known)} times in {self.baseline} compared: none is slower")
@@ -99,9 +104,8 @@ class Output:
 
 def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
     """The figures of each contender, its largest error over the largest expected entry, and its time: `ms` the median,
-    `spread` half the distance of the quartiles over it, `relative` the quartiles of its time over the yardstick's,
-    `ratio` the speed over that of the first of its name, a median over rounds; the rates and shares that follow. Where
-    calls return texts, as lists of tokens, those that are equal to the first one's are counted."""
+    `spread` half the distance of its quartiles over it, `relative` its quartiles over the yardstick, `ratio` the median
+    speed over that of the first of its name. Texts, as lists of tokens, are compared with those of the first."""
     rows = []
     for name, group in groupby(contenders, lambda contender: contender.name):
         timed, texts = [], None
@@ -118,7 +122,8 @@ def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
             timed.append((row, call, time.perf_counter() - began > 1))
             if expected is not None:
                 pairs = zip(jax.tree.leaves(result), expected, strict=True)
-                row["error"] = max(float(np.abs(np.asarray(a, float) - b).max() / np.abs(b).max()) for a, b in pairs)
+                errors = [np.abs(np.asarray(a, float) - b).max() / (np.abs(b).max() or 1) for a, b in pairs]
+                row["error"] = float(np.nan_to_num(errors, nan=np.inf).max().clip(max=1e99))  # JSON has no infinity
             if isinstance(result, list):
                 texts = texts or result
                 equal = sum(a == b for a, b in zip(texts, result, strict=True))
@@ -158,7 +163,7 @@ def _samples(calls: list[tuple[Callable[[], Any], bool]], rounds: int) -> np.nda
 def _times(row: Row, seconds: np.ndarray, yardstick: np.ndarray, first: np.ndarray) -> Row:
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     relative = np.quantile(seconds / yardstick, [0.25, 0.5, 0.75]).tolist()
-    spread, ratio = (high - low) / 2 / median, float(np.median(first / seconds))
-    times = {"ms": 1e3 * median, "spread": spread, "ratio": ratio, "relative": relative}
+    times = {"ms": 1e3 * median, "spread": (high - low) / 2 / median, "ratio": float(np.median(first / seconds))}
     rates = {rate: row[amount] / unit / median for amount, (rate, unit) in RATES.items() if amount in row}
-    return times | rates | {share: row[f"{share}_s"] / median for share in SHARES if f"{share}_s" in row}
+    shares = {share: row[f"{share}_s"] / median for share in SHARES if f"{share}_s" in row}
+    return times | rates | shares | {"relative": relative}

@@ -31,24 +31,23 @@ def test_the_step_is_timed(mesh_of: Callable[..., Any]) -> None:
     assert row["memory_mib"] > 0.1 and row["compile_s"] > 0
 
 
-def test_mfu_is_about_one_at_most(mesh_of: Callable[..., Any]) -> None:
-    """Of a model that is one large product, which the device does about as fast as it can; what it can was measured at
-    another moment."""
+def test_mfu_stays_below_one(mesh_of: Callable[..., Any]) -> None:
+    """Of a model that is mostly one large product, which the device does about as fast as it can."""
     model = dataclasses.replace(MODEL, n_layers=1, d_model=512, context_length=256, vocab_size=4096)
     with mesh_of():
         (row,) = measure([training_step(dataclasses.replace(CONFIG, model=model))], rounds=2)
-    assert 0.05 < row["mfu"] < 1.5
+    assert 0.05 < row["mfu"] < 1
 
 
 @pytest.mark.slow
 def test_many_layers_compile_about_as_fast_as_few(mesh_of: Callable[..., Any]) -> None:
-    """They are one loop: 24 take about as long as 4, where unrolled they would take five times as long."""
+    """They are one loop: 24 take at most 1.3 times as long as 4 (1.00 to 1.03 when measured)."""
     seconds = {}
     for layers in (4, 24):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, n_layers=layers))
         with mesh_of():
             seconds[layers] = training_step(config).figures["compile_s"]
-    assert seconds[24] < 2.5 * seconds[4]
+    assert seconds[24] < 1.3 * seconds[4]
 
 
 @pytest.mark.slow

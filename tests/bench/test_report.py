@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxgpt.bench.report import Contender, Output, Row, measure
-from jaxgpt.errors import ConfigError, SlowerError
+from jaxgpt.errors import BadFileError, ConfigError, SlowerError
 
 ROWS: list[Row] = [
     {"name": "loss <V>", "implementation": "a", "ms": 2.0, "ratio": 1.0, "relative": [0.9, 1.0, 1.1]},
@@ -61,7 +62,7 @@ def test_the_last_line_is_the_document(capsys: pytest.CaptureFixture[str]) -> No
     }  # fmt: skip
     assert table[0].split() == ["ms", "speed"]
     assert table[2].split() == ["a", "2.00", "1.00"] and table[3].split() == ["b", "only", "on", "a", "TPU"]
-    assert "measured here: GFLOP/s 100.0" in table[-1]
+    assert "100.0 GFLOP/s here" in table[-1]
 
 
 def test_the_page_holds_the_document(tmp_path: Path) -> None:
@@ -103,3 +104,30 @@ def test_a_baseline_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         Output(**options)
+
+
+def test_mistakes_are_found_before_anything_is_measured(tmp_path: Path) -> None:
+    for options in ({"html": tmp_path / "no" / "page.html"}, {"save_baseline": tmp_path / "no" / "b.json"}):
+        with pytest.raises(ConfigError, match="there is no directory"):
+            Output(**options)
+    with pytest.raises(ConfigError, match="there is no such file"):
+        Output(baseline=tmp_path / "none.json")
+
+
+def test_a_damaged_baseline_is_one_line(tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps({"benchmark": "kernels", "device": jax.devices()[0].device_kind}))
+    with pytest.raises(BadFileError, match="rows"):
+        Output(baseline=baseline).show("kernels", ROWS, {})
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_the_largest_error(wrong: float) -> None:
+    expected = [np.ones(2)]
+    (row,) = measure([Contender("x", "a", lambda: np.array([1.0, wrong]), {}, expected)], rounds=1)
+    assert row["error"] == 1e99 and json.dumps(row, allow_nan=False)
+
+
+def test_nothing_is_expected_of_a_gradient_that_is_zero() -> None:
+    (row,) = measure([Contender("x", "a", lambda: np.zeros(2), {}, [np.zeros(2)])], rounds=1)
+    assert row["error"] == 0
