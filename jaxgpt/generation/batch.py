@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, note
 from jaxgpt.files import append, bounded_lines, locked, sync, write_atomically
-from jaxgpt.generation.engine import Completion, Engine, Request
+from jaxgpt.generation.engine import Completion, Engine, Request, chosen
 from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model_config import require
@@ -144,8 +144,8 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 continue
             line, completions = begun[request.tag]
             completions[request.sample] = completion
-            if len(completions) == line.params.num_samples:
-                output.put(request.tag, answer(line, [completions[i] for i in range(len(completions))]))
+            if len(completions) == line.params.samples:
+                output.put(request.tag, answer(line, chosen(completions, line.params)))
                 del begun[request.tag]
                 due = (now := time.monotonic()) - said > _REPORT_SECONDS
                 said = now if due else said

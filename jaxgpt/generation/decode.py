@@ -20,6 +20,11 @@ from jaxgpt.model import Cache, Transformer, new_cache
 from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
+Recorded = tuple[Array, Array, Array]
+# For each state of all automata [N, V] that of the same automaton which a token leads to, or -1 where the token may not
+# come; and the first state of the one that each text follows [B]. State 0 is an automaton of its own, and allows all.
+Forms = tuple[Array, Array]
+
 
 class Slots(NamedTuple):
     """Texts in the making, and what is known of them."""
@@ -28,8 +33,9 @@ class Slots(NamedTuple):
     tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
     # Where a slot's rules record them: log-probabilities [B, S] of its tokens; ids of the most probable ones at each
     # place [B, S, N], and their log-probabilities.
-    recorded: tuple[Array, Array, Array]
+    recorded: Recorded
     lengths_B: Array  # tokens of each slot so far
+    states_B: Array  # of the automaton that each text follows
     done_B: Array  # True once a text is complete, and in a free slot
     failed_B: Array  # whether it ended because its logits were not finite
     rules: Rules
@@ -48,7 +54,8 @@ def empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
     recorded = zeros("BS", length, dtype=jnp.float32), zeros("BSN", *top), zeros("BSN", *top, dtype=jnp.float32)
     return Slots(
         cache=new_cache(config, slots, length), tokens_BS=zeros("BS", length), recorded=recorded, lengths_B=zeros("B"),
-        done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool), rules=rules, steps=jnp.int32(0),
+        states_B=zeros("B", dtype=jnp.int16), done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool),
+        rules=rules, steps=jnp.int32(0),
     )  # fmt: skip
 
 
@@ -74,6 +81,7 @@ def admit(slots: Slots, new_B: Array, tokens_BS: Array, rules: Rules) -> Slots:
     return slots._replace(
         tokens_BS=put(tokens_BS, slots.tokens_BS),
         lengths_B=put(rules.prompt_length, slots.lengths_B),
+        states_B=put(jnp.zeros_like(slots.states_B), slots.states_B),
         done_B=slots.done_B & ~new_B,
         failed_B=slots.failed_B & ~new_B,
         rules=jax.tree.map(put, rules, slots.rules),
@@ -103,8 +111,24 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
     shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
     known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
     tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
-    _, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
-    return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
+    x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
+
+    def record(old: Recorded) -> Recorded:
+        labels_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC + 1)
+        new = jax.vmap(jax.vmap(functools.partial(_record, count=old[1].shape[-1])))(model.logits(x_QCD), labels_QC)
+        write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
+        return jax.tree.map(lambda x, values: put(x, write(take(x, chosen_Q), positions_QC, values)), old, new)
+
+    wanted = take(slots.rules.prompt_logprobs, chosen_Q).any()
+    recorded = jax.lax.cond(wanted, record, lambda old: old, slots.recorded)
+    return slots._replace(cache=jax.tree.map(put, slots.cache, cache), recorded=recorded)
+
+
+def _record(logits_V: Array, token: Array, count: int) -> Recorded:
+    """The log-probability of a token, and the `count` most probable ones with theirs."""
+    log_p_V = jax.nn.log_softmax(logits_V)
+    top_N, ids_N = jax.lax.top_k(log_p_V, count)
+    return log_p_V[token], ids_N, top_N
 
 
 def _by_part(x: Array, parts: int) -> Array:
@@ -114,7 +138,9 @@ def _by_part(x: Array, parts: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="guesses", donate_argnames="slots")
-def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, steps: Array, guesses: int = 0) -> Slots:
+def decode(
+    model: Transformer, slots: Slots, forms: Forms, stopped_B: Array, enough: Array, steps: Array, guesses: int = 0
+) -> Slots:
     """Append tokens to each text that is not complete, in up to `steps` passes; fewer once `enough` more texts are.
     `stopped_B` marks those that the host has found complete, for example by a stop text. A pass also reads `guesses`
     more tokens, and goes on for as long as they are what is chosen: the text stays the same, but for rounding."""
@@ -130,7 +156,8 @@ def decode(model: Transformer, slots: Slots, stopped_B: Array, enough: Array, st
         return slots._replace(cache=cache, steps=slots.steps + 1)
 
     def go_further(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        return jax.lax.cond(carry[1].any(), _append, lambda carry, _: carry, carry, inputs), None
+        append = functools.partial(_append, forms)
+        return jax.lax.cond(carry[1].any(), append, lambda carry, _: carry, carry, inputs), None
 
     def without(done: Array, rules: Rules) -> Rules:  # or what a complete text asked for would be done for the others
         return jax.tree.map(lambda none, own: jnp.where(done, none, own), NO_RULES, rules)
@@ -157,11 +184,19 @@ def _guess(tokens_S: Array, length: Array, count: int) -> Array:
     return tokens_S[begin + jnp.arange(-1, count) % (length - begin)]  # -1 is the newest one's place
 
 
-def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[Slots, Array]:
+def _append(forms: Forms, carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[Slots, Array]:
     """One more token to each text that goes on; it goes on further if the token is the expected one."""
     (slots, going_B), (logits_BV, expected_B) = carry, inputs
     rules, recorded = slots.rules, slots.recorded
-    token_B = choose(logits_BV, rules, slots.tokens_BS, slots.lengths_B)
+    next_NV, begins_B = forms
+    states_B = begins_B + slots.states_B
+
+    def allow(x_BV: Array) -> Array:
+        return jnp.where(next_NV.at[states_B].get(out_sharding=out_sharding("B_")) >= 0, x_BV, -jnp.inf)
+
+    allowed_BV = jax.lax.cond((begins_B > 0).any(), allow, lambda x_BV: x_BV, logits_BV)
+    token_B = choose(allowed_BV, rules, slots.tokens_BS, slots.lengths_B)
+    next_B = next_NV.at[states_B, token_B].get(out_sharding=out_sharding("B"))
     failed_B = going_B & ~jnp.isfinite(logits_BV.sum(-1))
     live_B = going_B & ~failed_B
     place_B = jnp.where(live_B, slots.lengths_B, slots.tokens_BS.shape[1])  # else it is not written
@@ -169,11 +204,9 @@ def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[Sl
     def write(x: Array, new: Array) -> Array:
         return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
 
-    def record(old: tuple) -> tuple:
-        log_p_BV = jax.nn.log_softmax(logits_BV)
-        chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)
-        top_BN, ids_BN = jax.lax.top_k(log_p_BV, old[1].shape[-1])
-        return tuple(map(write, old, (chosen_B, ids_BN, top_BN)))
+    def record(old: Recorded) -> Recorded:
+        new = jax.vmap(functools.partial(_record, count=old[1].shape[-1]))(logits_BV, token_B)
+        return tuple(map(write, old, new))  # type: ignore[return-value]
 
     recorded = jax.lax.cond((live_B & rules.logprobs).any(), record, lambda old: old, recorded)
     lengths_B = slots.lengths_B + live_B
@@ -181,6 +214,7 @@ def _append(carry: tuple[Slots, Array], inputs: tuple[Array, Array]) -> tuple[Sl
     done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
     slots = slots._replace(
         tokens_BS=write(slots.tokens_BS, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
+        states_B=jnp.where(live_B, next_B, slots.states_B),
         failed_B=slots.failed_B | failed_B,
     )  # fmt: skip
     return slots, live_B & ~done_B & (token_B == expected_B)

@@ -8,6 +8,7 @@ so the number of slots and the size of a chunk stay as they are while an engine 
 import codecs
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -18,7 +19,8 @@ import numpy as np
 from jax import Array
 
 from jaxgpt.errors import ConfigError
-from jaxgpt.generation.decode import Slots, admit, decode, empty_slots, prefill, resize
+from jaxgpt.generation.automaton import token_table
+from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.model_config import require
@@ -43,6 +45,7 @@ class Completion:
     prompt_tokens: int
     logprobs: list[float] | None = None  # log-probability of each token, where the request asked for it
     top_logprobs: list[dict[int, float]] | None = None  # those of the most probable tokens at each place
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # of each token of the prompt, and the most probable
 
 
 class Request(NamedTuple):
@@ -51,6 +54,7 @@ class Request(NamedTuple):
     ids: list[int]
     params: SamplingParams
     ends: tuple[int, ...] = ()
+    form: np.ndarray | None = None  # the automaton that its completion follows
     sample: int = 0
     tag: int = 0
 
@@ -105,6 +109,39 @@ def _shared(ids: list[int], other: list[int]) -> int:
     return begin
 
 
+def chosen(samples: dict[int, Completion], params: SamplingParams) -> list[Completion]:
+    """The samples of a prompt, or those whose tokens are the most probable on average, if that was asked for."""
+    completions = [samples[i] for i in range(params.samples)]
+    if not params.best_of:
+        return completions
+    mean = lambda each: (each.finish_reason != "error", sum(each.logprobs) / max(len(each.logprobs), 1))  # noqa: E731
+    best = sorted(completions, key=mean, reverse=True)[: params.num_samples]
+    return best if params.logprobs is not None else [replace(each, logprobs=None, top_logprobs=None) for each in best]
+
+
+class _Forms:
+    """The automata that the texts in the slots follow, one behind the other on the device."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._begins: dict[int, tuple[int, np.ndarray]] = {}  # by identity
+        self.next_NV = _put(np.zeros((1, vocabulary), np.int16), "__")
+
+    def of(self, texts: dict[int, _Text], slots: int) -> Forms:
+        forms = {slot: form for slot, text in texts.items() if (form := text.request.form) is not None}
+        if any(id(form) not in self._begins for form in forms.values()):
+            self._begins, used = {}, 1
+            for form in forms.values():
+                if id(form) not in self._begins:
+                    self._begins[id(form)], used = (used, form), used + len(form)
+            rows = 2 ** math.ceil(math.log2(used))  # few sizes, each of which is compiled for
+            table_NV = np.zeros((rows, self.next_NV.shape[1]), np.int16)
+            for begin, form in self._begins.values():
+                table_NV[begin : begin + len(form)] = form
+            self.next_NV = _put(table_NV, "__")
+        begins = [self._begins[id(forms[slot])][0] if slot in forms else 0 for slot in range(slots)]
+        return self.next_NV, _put(np.array(begins, np.int32), "B")
+
+
 class Engine:
     """A model and its tokenizer, ready to generate on the current mesh."""
 
@@ -116,6 +153,8 @@ class Engine:
         self._parts = batch_parts()
         self._slots = -(-slots // self._parts) * self._parts
         self._guesses = speculate
+        vocabulary = self._model.config.vocab_size or 0
+        self._spelt = (*tokenizer.token_bytes, *[b""] * vocabulary)[:vocabulary]
         # The slots of the last run, and the prompts whose keys and values are in them, to begin others with.
         self._kept: tuple[Slots | None, list[list[int]]] = None, [[]] * self._slots
         self.truncated = 0  # prompts that were cut to fit
@@ -131,13 +170,17 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         paired = enumerate(zip(prompts, each, strict=True))
         waiting = [request for i, (prompt, own) in paired for request in self.requests(prompt, own, i)]
-        found = {(p.request.tag, p.request.sample): p.completion for p in self.run(waiting) if p.completion}
-        return [found[request.tag, request.sample] for request in waiting]
+        made: list[dict[int, Completion]] = [{} for _ in each]
+        for request, _, completion in self.run(waiting):
+            if completion:
+                made[request.tag][request.sample] = completion
+        return [completion for samples, own in zip(made, each, strict=True) for completion in chosen(samples, own)]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        require(params.logprobs is None, "logprobs: a stream has none; leave it out, or use Engine.generate")
+        asked = params.logprobs is not None or params.prompt_logprobs is not None or params.best_of
+        require(not asked, "a stream has no logprobs, prompt_logprobs or best_of; leave it out, or use Engine.generate")
         waiting = self.requests(prompt, params)
         return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 
@@ -169,12 +212,16 @@ class Engine:
         require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
         ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
         require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
-        return [Request(ids, params, ends, sample, tag) for sample in range(params.num_samples)]
+        regex, form = "|".join(map(re.escape, params.choice)) or params.regex, None
+        if regex or params.json_schema:
+            form = token_table(regex, params.json_schema, self._spelt, ends)
+        return [Request(ids, params, ends, form, sample, tag) for sample in range(params.samples)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
         waiting, texts, unseen = iter(requests), dict[int, _Text](), list[Progress]()
         (slots, prompts), self._kept = self._kept, (None, [[]] * self._slots)  # another run meanwhile has its own
+        forms = _Forms(len(self._spelt))
         while True:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
@@ -185,9 +232,9 @@ class Engine:
             slots = self._fit(slots, prompts, texts)
             slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
-            stopped = self._put(np.array([slot not in texts for slot in range(self._slots)]), "B")
+            stopped = _put(np.array([slot not in texts for slot in range(self._slots)]), "B")
             steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
-            slots = decode(self._model, slots, stopped, enough, steps, self._guesses)
+            slots = decode(self._model, slots, forms.of(texts, self._slots), stopped, enough, steps, self._guesses)
             yield from unseen  # while the device computes
             told = (slots.tokens_BS, slots.lengths_B, slots.done_B, slots.failed_B, slots.steps)
             tokens_BS, lengths, done, failed, passes = jax.device_get(told)
@@ -216,18 +263,15 @@ class Engine:
         prompts[:] = [ids[:length] for ids in prompts]
         return resize(slots, length)
 
-    def _put(self, array: np.ndarray, axes: str) -> Array:
-        return jax.device_put(array, out_sharding(axes))
-
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
         length, context = slots.tokens_BS.shape[1], self._model.config.context_length
         tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
-        for slot, (ids, params, ends, sample, _) in new.items():
+        for slot, (ids, params, ends, _, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
             rules[slot] = Rules.of(params, len(ids), context, ends, sample)
-        stacked = jax.tree.map(lambda *each: self._put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
-        new_B = self._put(np.isin(np.arange(self._slots), list(new)), "B")
-        slots = admit(slots, new_B, self._put(tokens_BS, "BS"), stacked)
+        stacked = jax.tree.map(lambda *each: _put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
+        new_B = _put(np.isin(np.arange(self._slots), list(new)), "B")
+        slots = admit(slots, new_B, _put(tokens_BS, "BS"), stacked)
         in_part = self._slots // self._parts
         by_part = ([slot for slot in new if slot // in_part == part] for part in range(self._parts))
         for now in itertools.zip_longest(*by_part):
@@ -236,27 +280,42 @@ class Engine:
             for part, slot in there:
                 ids, first = new[slot].ids, part * in_part
                 shared = [_shared(ids, known) for known in prompts[first : first + in_part]]
-                start = max(shared)
-                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, shared.index(start), start
+                start = max(shared) if new[slot].params.prompt_logprobs is None else 0
+                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, int(np.argmax(shared)), start
                 chunks = max(chunks, math.ceil((len(ids) - 1 - start) / CHUNK))
                 self.reused += start
             for chunk in range(chunks):
                 given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)
-                slots = prefill(self._model, slots, *(self._put(x, "B") for x in given), CHUNK)
+                slots = prefill(self._model, slots, *(_put(x, "B") for x in given), CHUNK)
             for _, slot in there:
                 # Longrope's keys depend on the end of the text too.
                 prompts[slot] = [] if self._model.config.rope_scaling == "longrope" else new[slot].ids
         return slots
 
 
+def _put(array: np.ndarray, axes: str) -> Array:
+    return jax.device_put(array, out_sharding(axes))
+
+
 def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) -> Completion:
-    if (wanted := request.params.logprobs) is None:
+    params, first = request.params, done.prompt_tokens
+    of_completion, of_prompt = params.logprobs is not None or params.best_of > 0, params.prompt_logprobs is not None
+    if not of_completion and not of_prompt:
         return done
     rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
-    here = slice(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
-    chosen, ids, top = (row[here] for row in jax.device_get(tuple(rows)))
-    pairs = zip(ids[:, :wanted].tolist(), top[:, :wanted].tolist(), strict=True)
-    return replace(done, logprobs=chosen.tolist(), top_logprobs=[dict(zip(*pair, strict=True)) for pair in pairs])
+    each, ids, top = (row.tolist() for row in jax.device_get(tuple(rows)))
+
+    def most(place: int, wanted: int | None) -> dict[int, float]:
+        return dict(zip(ids[place][: wanted or 0], top[place][: wanted or 0], strict=True))
+
+    if of_prompt:
+        told = [{token: each[i]} | most(i, params.prompt_logprobs) for i, token in enumerate(request.ids)]
+        done = replace(done, prompt_logprobs=[None, *told[1:]])
+    if of_completion:
+        places = range(first, first + len(done.token_ids))
+        tops = [most(place, params.logprobs) for place in places]
+        done = replace(done, logprobs=[each[place] for place in places], top_logprobs=tops)
+    return done
 
 
 @jax.jit

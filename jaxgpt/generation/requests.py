@@ -61,6 +61,8 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
     fields = {_OTHER_NAMES.get(key, key): each for key, each in given.items()}
     if isinstance(stop := fields.get("stop"), str):
         fields["stop"] = [stop]
+    if isinstance(schema := fields.get("json_schema"), dict):
+        fields["json_schema"] = json.dumps(schema)
     if isinstance(bias := fields.get("logit_bias"), dict):
         fields["logit_bias"] = [[int(k) if k.isdecimal() and len(k) < 10 else k, by] for k, by in bias.items()]
     return Line(name, validated(LineParams, asdict(defaults) | fields, "the line"), url)
@@ -73,6 +75,11 @@ def _openai_body(value: Json) -> tuple[Json, str]:
     if url not in list(_URLS) or value.get("method", "POST") != "POST" or not isinstance(body, dict):
         raise ConfigError(f"an OpenAI line needs method POST, a body, and one of the urls {', '.join(_URLS)}")
     body.pop("model", None)
+    if (form := body.pop("response_format", {"type": "text"})) != {"type": "text"}:
+        try:
+            body["json_schema"] = form["json_schema"]["schema"]
+        except (LookupError, TypeError):
+            raise ConfigError("response_format: its type must be text, or json_schema with a schema") from None
     if "messages" in body and isinstance(body.get("logprobs"), bool):  # where it only says whether
         body["logprobs"] = body.get("top_logprobs", 0) if body["logprobs"] else None
         body.pop("top_logprobs", None)
