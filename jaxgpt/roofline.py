@@ -4,15 +4,13 @@ Model FLOPs utilisation (arXiv:2204.02311, appendix B) counts the operations tha
 recomputation adds: two for each multiply-add of the forward pass and twice that for the backward pass."""
 
 import functools
-import time
+import timeit
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
@@ -35,32 +33,27 @@ def forward_flops_per_token(config: ModelConfig) -> float:
     return 2.0 * (config.n_layers * products + D * (config.vocab_size or 0) + attention)
 
 
-def _best_seconds(multiply: Callable[..., Array], *arrays: np.ndarray) -> float:
-    """The best of ten on one device: a processor's peak is not in its name. Takes 0.5 s."""
+def _best_seconds(*matrices: np.ndarray) -> float:
+    """The best product of ten on one device: a processor's peak is not in its name. Takes 0.5 s."""
     alone = Mesh(jax.local_devices()[:1], "x")
     with jax.set_mesh(alone):  # the current mesh may have more devices
-        placed = [jax.device_put(array) for array in arrays]
-        compiled = jax.jit(multiply).lower(*placed).compile()
-    seconds = []
-    for _ in range(10):
-        began = time.perf_counter()
-        compiled(*placed).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+        placed = [jax.device_put(matrix) for matrix in matrices]
+        compiled = jax.jit(jnp.matmul).lower(*placed).compile()
+    return min(timeit.repeat(lambda: compiled(*placed).block_until_ready(), number=1, repeat=10))
 
 
 @functools.cache
 def measured_flops(dtype: str = "float32") -> float:
     """Operations a second of a large matrix product on one device; on a CPU, of all its cores."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    return 2 * size**3 / _best_seconds(jnp.matmul, *[np.ones((size, size), jnp.dtype(dtype))] * 2)
+    return 2 * size**3 / _best_seconds(*[np.ones((size, size), jnp.dtype(dtype))] * 2)
 
 
 @functools.cache
 def measured_bandwidth() -> float:
     """Bytes a second that one device reads from its memory: of a matrix of 256 MiB, multiplied by a vector."""
     matrix = np.ones((1024, 2**16), np.float32)
-    return matrix.nbytes / _best_seconds(jnp.matmul, np.ones((1, 1024), np.float32), matrix)
+    return matrix.nbytes / _best_seconds(np.ones((1, 1024), np.float32), matrix)
 
 
 def peak_flops(mesh: Mesh) -> float | None:
