@@ -5,7 +5,6 @@ import functools
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +45,12 @@ class Train(Output):
     def run(self) -> None:
         rows: list[Row] = []
         for name in self.configs:
-            with _on_mesh(name) as config:
+            config = SIZES.get(name) or load_preset(name)
+            vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+            mesh = make_mesh(config.mesh)
+            check_divides(mesh, config.model, config.training.batch_size // config.training.accumulation_steps)
+            with jax.set_mesh(mesh):
                 contenders = [training_step(config)]
                 if self.against == "torch":
                     from jaxgpt.bench.peers import torch_training
@@ -76,17 +80,6 @@ class Generate(Output):
                 contenders += transformers_generation(self.model, Path(scratch), trained.config)
                 contenders.sort(key=lambda contender: contender.name)  # what is compared takes turns
             self.show("generate", measure(contenders, self.rounds), {})
-
-
-@contextmanager
-def _on_mesh(name: str) -> Iterator[TrainConfig]:
-    """The configuration that is called S or M, or a preset with the vocabulary of its tokenizer, and its mesh set."""
-    config = SIZES.get(name) or load_preset(name)
-    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
-    config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh)
-    check_divides(mesh, model, config.training.batch_size // config.training.accumulation_steps)
-    with jax.set_mesh(mesh):
-        yield config
 
 
 def random_batch(config: TrainConfig) -> Batch:
