@@ -18,7 +18,6 @@ from jaxgpt.interop.convert import convert
 try:
     import torch
     import transformers
-    from torch.nn import functional
 except ImportError:
     raise ConfigError("--against needs PyTorch and transformers; run: pip install 'jaxgpt[parity]'") from None
 
@@ -48,7 +47,7 @@ def torch_training(config: TrainConfig) -> Iterator[Contender]:
         found.item()
 
     def loss(network: Any) -> Any:
-        return functional.cross_entropy(network(tokens_BT).logits.flatten(0, 1), labels_BT.flatten())
+        return torch.nn.functional.cross_entropy(network(tokens_BT).logits.flatten(0, 1), labels_BT.flatten())
 
     for name, kind in {"torch eager": loss, "torch compiled": torch.compile(loss)}.items():
         network = gpt2(config.model)
@@ -68,13 +67,11 @@ def transformers_generation(source: Path, scratch: Path, config: ModelConfig) ->
     def batches(prompts: list[list[int]], news: list[int], size: int) -> list[list[int]]:
         if size < len(prompts):
             return batches(prompts[:size], news[:size], size) + batches(prompts[size:], news[size:], size)
-        longest = max(map(len, prompts))
-        ids, mask = torch.zeros((2, len(prompts), longest), dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = torch.tensor(prompt), 1
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        ids = pad([torch.tensor(prompt) for prompt in prompts])
+        mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts])
         options: Any = dict(max_new_tokens=max(news), min_new_tokens=max(news), do_sample=False, pad_token_id=0)
-        with torch.no_grad():
-            rows = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+        rows = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
         return [row[:new] for row, new in zip(rows, news, strict=True)]
 
     for name, (prompts, news) in workloads(config).items():
