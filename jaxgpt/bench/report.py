@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.errors import ConfigError, SlowerError, note
+from jaxgpt.errors import SlowerError, note
 from jaxgpt.files import read_json, reading, write_atomically
 from jaxgpt.model_config import require
 
@@ -85,9 +85,8 @@ class Output:
 
     def _compare(self, now: Row, then: Row) -> None:
         for what in ("benchmark", "device"):
-            if now[what] != then.get(what):
-                both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
-                raise ConfigError(f"{both}; make another with --save-baseline")
+            both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
+            require(now[what] == then.get(what), f"{both}; make another with --save-baseline")
         with reading(f"baseline {self.baseline}"):
             known = {(row["name"], row["implementation"]): row["relative"] for row in then["rows"] if "relative" in row}
         slower, compared = [], 0
