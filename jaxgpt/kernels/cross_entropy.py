@@ -39,11 +39,11 @@ def linear_cross_entropy(
     """sum(weights * (nll + z_loss * log_z^2)) for logits x w^T, and the nll [B, T] in nats (for reports). Only the sum
     has gradients, and only for x and w. Labels of -1 must have weight 0; T must divide by `options.chunks`. The z-loss
     is that of arXiv:2204.02311, the soft-cap that of arXiv:2408.00118."""
-    return _in_chunks(x_BTD, w_VD, labels_BT, weights_BT, options, with_gradients=False)[0]
+    return _in_chunks(x_BTD, w_VD, labels_BT, weights_BT, options)[0]  # without gradients, jit leaves them out
 
 
 def _in_chunks(
-    x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions, with_gradients: bool = True
+    x_BTD: Array, w_VD: Array, labels_BT: Array, weights_BT: Array, options: LossOptions
 ) -> tuple[tuple[Array, Array], tuple]:
     """Loss and, in the same pass over the logits, its gradients for a cotangent of one."""
 
@@ -60,8 +60,6 @@ def _in_chunks(
         losses = jnp.where(labels >= 0, log_z - jnp.where(hit, logits, 0).sum(-1), 0)
         penalty = options.z_loss * jnp.square(log_z) if options.z_loss else 0.0
         total += (weights * (losses + penalty)).sum()
-        if not with_gradients:
-            return (total, None), (losses, None)
         pull = weights * (1 + 2 * options.z_loss * log_z)  # on the softmax, through log_z
         dlogits = jnp.exp(logits - log_z[..., None]) * pull[..., None] - jnp.where(hit, weights[..., None], 0)
         if options.softcap is not None:
@@ -78,10 +76,10 @@ def _in_chunks(
     def join(a: Array) -> Array:
         return jnp.moveaxis(a, 0, 1).reshape(*labels_BT.shape, *a.shape[3:])
 
-    start = jnp.zeros(()), shard(jnp.zeros(w_VD.shape, jnp.float32), "VD") if with_gradients else None
+    start = jnp.zeros(()), shard(jnp.zeros(w_VD.shape, jnp.float32), "VD")
     (total, dw_VD), parts = jax.lax.scan(chunk, start, tuple(map(split, (x_BTD, labels_BT, weights_BT))))
     losses_BT, dx_BTD = jax.tree.map(join, parts)
-    return (total, losses_BT), (dx_BTD, None if dw_VD is None else dw_VD.astype(w_VD.dtype))
+    return (total, losses_BT), (dx_BTD, dw_VD.astype(w_VD.dtype))
 
 
 def _backward(options: LossOptions, saved: tuple, cotangents: tuple) -> tuple:
