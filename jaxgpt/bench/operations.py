@@ -17,7 +17,7 @@ from jax import Array
 from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.kernels.attention import attention, attention_mask, causal_attention
-from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy
+from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy, output_logits
 from jaxgpt.kernels.experts import mixture
 from jaxgpt.model import Transformer
 from jaxgpt.model.rotary import rotate
@@ -60,8 +60,7 @@ def parse_sizes(text: str) -> Sizes:
 
 
 def _normal(*shape: int, std: float = 1.0) -> np.ndarray:
-    rng = np.random.default_rng(sum(shape))
-    return (std * rng.standard_normal(shape, np.float32)).astype(np.float32)
+    return std * np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
 
 
 def _causal_oracle(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
@@ -76,13 +75,12 @@ def _splash(s: Sizes) -> Function:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    mask = masks.MultiHeadMask([masks.CausalMask((s.T, s.T))] * (s.H // s.G))
-    kernel = splash.make_splash_mqa(mask, head_shards=1, q_seq_shards=1)
+    mask = masks.MultiHeadMask([masks.CausalMask((s.T, s.T))] * s.H)
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
 
     def call(q_BTHK: Array, k_BTGK: Array, v_BTGK: Array) -> Array:
         q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK * s.K**-0.5, k_BTGK, v_BTGK))
-        out_BGRTK = jax.vmap(jax.vmap(kernel))(q_BHTK.reshape(s.B, s.G, -1, s.T, s.K), k_BGTK, v_BGTK)
-        return jnp.swapaxes(out_BGRTK.reshape(q_BHTK.shape), 1, 2)
+        return jnp.swapaxes(jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK), 1, 2)
 
     return call
 
@@ -120,8 +118,7 @@ def _loss(s: Sizes, platform: str) -> Operation:
         return lambda x, w, labels: linear_cross_entropy(x, w, labels, jnp.asarray(weights_BT), options)[0]
 
     def with_optax(x_BTD: Array, w_VD: Array, labels_BT: Array) -> Array:
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, labels_BT).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(output_logits(x_BTD, w_VD, None), labels_BT).mean()
 
     implementations = {f"{n} chunks": chunked(n) for n in (8, 2, 1) if s.T % n == 0} | {"optax": with_optax}
     inputs = _normal(s.B, s.T, s.D), _normal(s.V, s.D, std=s.D**-0.5), labels_BT
