@@ -28,19 +28,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def publish(complete: Path, path: Path) -> None:
+    """Give a complete file its name, when it is on the disk."""
+    sync(complete)
+    complete.replace(path)
+    sync(path.parent)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, fsync, rename."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.write_bytes(content)
+        publish(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def append(file: io.FileIO, content: bytes) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, note
-from jaxgpt.files import append, bounded_lines, locked, sync, write_atomically
+from jaxgpt.files import append, bounded_lines, locked, publish, sync, write_atomically
 from jaxgpt.generation.engine import Completion, Engine, Request, chosen
 from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
 from jaxgpt.generation.sampling import SamplingParams
@@ -24,7 +23,7 @@ from jaxgpt.model_config import require
 from jaxgpt.progress import Bar, clock
 
 LONGEST_LINE = 16 * 2**20  # bytes of an input line
-_SYNC_SECONDS, _REPORT_SECONDS = 5.0, 10.0
+_REPORT_SECONDS = 10.0  # between lines for people where there is no terminal, each when its answers are on the disk
 EncodeChat = Callable[[Any], list[int]]  # the ids of a conversation
 
 
@@ -69,7 +68,7 @@ class Job:
                 if before := output.written:
                     note(f"going on after {before} of {last - first} lines")
                 _answer_lines(self, engine, encode_chat, output, range(first, last))
-                output.finish()
+                publish(output.part, self.output)
                 figures = (
                     f"{output.errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
                 )
@@ -83,18 +82,17 @@ class _Output(contextlib.ExitStack):
     def __init__(self, path: Path, identity: str) -> None:
         """Raises ConfigError when the output is another job's, or another process writes it."""
         super().__init__()
-        self._path, (self._part, marker) = path, (Path(f"{path}{end}") for end in (".part", ".job"))
+        self.part, marker = (Path(f"{path}{end}") for end in (".part", ".job"))
         self.enter_context(locked(marker.with_suffix(".lock"), wait=False, what=path))
         known = marker.read_text() if marker.exists() else None
-        if known != identity and (known or path.exists() or self._part.exists()):
+        if known != identity and (known or path.exists() or self.part.exists()):
             raise ConfigError(f"output {path}: it is there, of another job; remove it or choose another name")
         self.complete, self.written, self.errors = path.exists(), 0, 0
         self._waiting: dict[int, bytes] = {}
-        self._synced = time.monotonic()
         if not self.complete:
             write_atomically(marker, identity.encode())
-            self._file = self.enter_context(self._part.open("ab", buffering=0))
-            with self._part.open("rb") as lines:
+            self._file = self.enter_context(self.part.open("ab", buffering=0))
+            with self.part.open("rb") as lines:
                 sizes = [len(line) for line in lines if line.endswith(b"\n")]  # else a kill tore it
             self.written = len(sizes)
             self._file.truncate(sum(sizes))
@@ -106,14 +104,6 @@ class _Output(contextlib.ExitStack):
         while self.written in self._waiting:
             append(self._file, self._waiting.pop(self.written))
             self.written += 1
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
-
-    def finish(self) -> None:
-        os.fsync(self._file.fileno())
-        self._part.rename(self._path)
-        sync(self._path.parent)
 
 
 def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Output, part: range) -> None:
@@ -147,8 +137,9 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
             if len(completions) == line.params.samples:
                 output.put(request.tag, answer(line, chosen(completions, line.params)))
                 del begun[request.tag]
-                due = (now := time.monotonic()) - said > _REPORT_SECONDS
-                said = now if due else said
+                if due := (now := time.monotonic()) - said > _REPORT_SECONDS:
+                    sync(output.part)
+                    said = now
                 left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
                 full = engine.used / max(engine.places, 1)
                 figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
