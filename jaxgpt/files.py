@@ -61,12 +61,10 @@ def append(file: io.FileIO, content: bytes) -> None:
 def bounded_lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
     """Each line with its end; None in place of one of `limit` bytes or more, of which no more is in memory."""
     while line := file.readline(limit):
-        if len(line) < limit or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
+        is_whole = len(line) < limit or line.endswith(b"\n")
+        yield line if is_whole else None
+        while len(line) == limit and not line.endswith(b"\n"):  # the rest of it
             line = file.readline(limit)
-        yield None
 
 
 @contextmanager
@@ -113,11 +111,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """What is in a file. Raises BadFileError when there is no such file, or more than `limit` bytes in it."""
     if not path.is_file():  # a pipe would be waited for
         raise BadFileError(f"{path}: there is no such file; name one, or a directory that has it")
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+    if path.stat().st_size > limit:
         raise BadFileError(f"{path} is larger than {limit} bytes; restore the file")
-    return content
+    return path.read_bytes()
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
