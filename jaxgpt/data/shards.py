@@ -6,6 +6,7 @@ it marks the shard as finished), then `tokenizer.model` and last `meta.json`. A 
 
 import hashlib
 import io
+import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -29,17 +30,15 @@ class TokenStream:
 
     def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray) -> None:
         """starts: where documents begin, int64 [documents]."""
-        self._shards = shards
-        self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()
-        self._begins = [0, *self._ends[:-1]]
-        self.starts = starts
+        self._shards, self.starts = shards, starts
+        self._begins = [0, *itertools.accumulate(map(len, shards))]  # of the shards, and the end of the last one
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._begins[-1]
 
     def window(self, begin: int, length: int) -> np.ndarray:
         """tokens[begin : begin + length], fewer at the end of the stream."""
-        first, last = bisect_right(self._ends, begin), bisect_left(self._begins, begin + length)
+        first, last = bisect_right(self._begins, begin) - 1, bisect_left(self._begins, begin + length)
         near = zip(self._shards[first:last], self._begins[first:last], strict=False)
         parts = [shard[max(begin - at, 0) : begin + length - at] for shard, at in near]
         return np.concatenate([np.empty(0, np.int32), *parts])
