@@ -13,26 +13,24 @@ class _Console(Console):
             super().on_broken_pipe()  # what is printed from now on goes nowhere; leaving is left out
 
 
-class Bar(contextlib.ExitStack):
+class Bar(Progress):
     """A context manager that shows how many of `total` steps, requests ... are done, with figures beside it."""
 
     def __init__(self, what: str, total: int, done: int, *, stderr: bool = False) -> None:
-        super().__init__()
-        self._console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
-        self._what, self._total = what, total
         columns = TextColumn(what), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
-        bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True)
-        self._bar = self.enter_context(bar)
-        self._task = self._bar.add_task("", total=total, completed=done, figures="")
+        console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal, expand=True)
+        self.add_task(what, total=total, completed=done, figures="")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self.console.print(text, markup=False)
 
-    def update(self, done: int, figures: str, *, due: bool) -> None:
+    def show(self, done: int, figures: str, *, due: bool) -> None:
         """Show how far it is; where there is no terminal, in a line, if that is `due`."""
-        self._bar.update(self._task, completed=done, figures=figures)
-        if due and self._bar.disable:
-            self.say(f"{self._what} {done}/{self._total}  {figures}")
+        (task,) = self.tasks
+        self.update(task.id, completed=done, figures=figures)
+        if due and self.disable:
+            self.say(f"{task.description} {done}/{task.total}  {figures}")
 
 
 def clock(seconds: float) -> str:

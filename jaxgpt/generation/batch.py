@@ -143,4 +143,4 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
                 full = engine.used / max(engine.places, 1)
                 figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
-                bar.update(output.written, f"{figures}  {output.errors} errors", due=due)
+                bar.show(output.written, f"{figures}  {output.errors} errors", due=due)

@@ -198,7 +198,7 @@ class Trainer:
         if peak := peak_flops(jax.sharding.get_mesh()):
             record["mfu"] = speed * 3 * forward_flops_per_token(self.config.model) / peak
         due = step % self.config.training.log_every == 0 or step == self.last
-        self.bar.update(step, step_figures(record, (self.last - step) * seconds_per_step), due=due)
+        self.bar.show(step, step_figures(record, (self.last - step) * seconds_per_step), due=due)
         if due:
             self.log.write(record)
             self.seconds.clear()

@@ -209,9 +209,9 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     corpus: Any = SimpleNamespace(val_bytes=10_000, val_gzip_bytes=2581)
     with Bar("step", 20, 0) as display:
         display.say("[bold]hello[/bold] " + "x" * 200)
-        display.update(5, step_figures(RECORD, 7.5), due=False)
-        display.update(5, step_figures(RECORD, 7.5), due=True)
-        display.update(6, step_figures(unknown, 14_000), due=True)
+        display.show(5, step_figures(RECORD, 7.5), due=False)
+        display.show(5, step_figures(RECORD, 7.5), due=True)
+        display.show(6, step_figures(unknown, 14_000), due=True)
         display.say(evaluation_figures(EVALUATION, [corpus]))
     assert capsys.readouterr().out.splitlines() == [
         "[bold]hello[/bold] " + "x" * 200,
@@ -241,9 +241,9 @@ def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         with open(terminal, "w", encoding="utf-8") as screen:
             monkeypatch.setattr(sys, "stdout", screen)
             with Bar("step", 20, 4) as display:
-                display.update(5, step_figures(RECORD, 7.5), due=False)
+                display.show(5, step_figures(RECORD, 7.5), due=False)
                 display.say("held-out loss 6.2000")
-                display.update(6, step_figures({**RECORD, "loss": 5.9}, 7), due=True)
+                display.show(6, step_figures({**RECORD, "loss": 5.9}, 7), due=True)
         raw = reading.result()
     assert "\x1b[?25l" in raw and raw.rstrip().endswith("\x1b[?25h"), "the cursor is hidden, and comes back"
     frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw).replace("\r", "\n").splitlines()
@@ -261,5 +261,5 @@ def test_a_reader_that_has_gone_does_not_end_the_training(monkeypatch: pytest.Mo
         with Bar("step", 20, 0) as display:
             for step in range(3):
                 display.say("is anybody there?")
-                display.update(step, "loss 6.1", due=True)
+                display.show(step, "loss 6.1", due=True)
         print("the sample", flush=True)
