@@ -162,9 +162,10 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 def _newest_good(
     directory: Path, targets: dict[str, Any], *, only: int | None = None, set_aside: bool = False
-) -> tuple[int, dict[str, Any], Any] | None:
+) -> tuple[int, dict[str, Any], Any]:
     """The newest step (or step `only`) that restores exactly, its trees and metadata; a line for each that does not.
-    Looks at the directory again after a failure: a trainer may meanwhile have deleted that step and saved another."""
+    Looks at the directory again after a failure: a trainer may meanwhile have deleted that step and saved another.
+    Raises BadFileError when there is none."""
     bad: dict[int, str] = {}
     while steps := [step for step in _steps(directory) if step not in bad and only in (None, step)]:
         path = directory / str(steps[-1])
@@ -182,7 +183,8 @@ def _newest_good(
             note(f"checkpoint step {damaged} is damaged: {reason}; it is in {where}, using step {steps[-1]}")
         return steps[-1], trees, metadata
     if not bad:
-        return None
+        wanted = "checkpoint" if only is None else f"checkpoint of step {only}"
+        raise BadFileError(f"no {wanted} in {directory}; train first or choose one of steps {_steps(directory)}")
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in bad.items())
     raise BadFileError(f"no intact checkpoint in {directory}: {reasons}; repair one, or choose another run_dir")
 
@@ -193,11 +195,7 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
     Raises BadFileError when nothing can be restored, ConfigError when a leaf differs in name, shape or dtype."""
     _set_up_orbax()
     directory = (run_dir / "checkpoints").absolute()
-    found = _newest_good(directory, {"model": abstract_model}, only=step)
-    if found is None:
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise BadFileError(f"no {wanted} in {directory}; train first or choose one of steps {_steps(directory)}")
-    newest, trees, metadata = found
+    newest, trees, metadata = _newest_good(directory, {"model": abstract_model}, only=step)
     return newest, trees["model"], metadata
 
 
@@ -265,11 +263,10 @@ class Checkpoints(contextlib.ExitStack):
         differ from that of the run that saved. Damaged newer steps are renamed to `N.corrupt`, with a line. Raises
         ConfigError when a leaf differs in name, shape or dtype, BadFileError when there are steps but none is intact:
         then none is renamed, so that one can be repaired."""
-        targets = {"model": abstract_model, "rest": abstract_rest}
-        found = _newest_good(self._directory, targets, set_aside=True)
-        if found is None:
+        if not self.steps():
             return None
-        self.saved_step, trees, metadata = found
+        targets = {"model": abstract_model, "rest": abstract_rest}
+        self.saved_step, trees, metadata = _newest_good(self._directory, targets, set_aside=True)
         return self.saved_step, trees["model"], trees["rest"], metadata
 
     def _finish(self, step: int, writer: ocp.AsyncCheckpointer) -> None:
