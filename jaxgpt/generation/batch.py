@@ -69,10 +69,8 @@ class Job:
                     note(f"going on after {before} of {last - first} lines")
                 _answer_lines(self, engine, encode_chat, output, range(first, last))
                 publish(output.part, self.output)
-                figures = (
-                    f"{output.errors} errors, {engine.truncated} truncated, {engine.reused} tokens of prompts reused"
-                )
-                note(f"{last - first - before} lines answered now, {figures}")
+                answered = f"{last - first - before} lines answered now, {output.errors} errors"
+                note(f"{answered}, {engine.truncated} truncated, {engine.reused} tokens of prompts reused")
             note(f"{self.output} is complete")
 
 
