@@ -86,7 +86,7 @@ def locked(path: Path, *, wait: bool, what: Path | None = None) -> Iterator[None
         yield
 
 
-def parse_json(content: str | bytes, where: str, remedy: str = "restore the file") -> dict[str, Any]:
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """A JSON object. Raises BadFileError when it is none, holds NaN, or names a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,12 +98,11 @@ def parse_json(content: str | bytes, where: str, remedy: str = "restore the file
         raise ValueError(f"{word} is no JSON")
 
     try:
-        text = content if isinstance(content, str) else content.decode()
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{where} is not valid JSON: {error}; {remedy}") from None
+        raise BadFileError(f"{where} is not valid JSON: {error}; restore the file") from None
     if not isinstance(value, dict):
-        raise BadFileError(f"{where} is not a JSON object; {remedy}")
+        raise BadFileError(f"{where} is not a JSON object; restore the file")
     return value
 
 

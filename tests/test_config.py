@@ -27,7 +27,7 @@ DEFAULT = TrainConfig()
 
 
 def from_json(text: str, where: str = "configuration") -> TrainConfig:
-    config: TrainConfig = validated(TrainConfig, parse_json(text, where), where)
+    config: TrainConfig = validated(TrainConfig, parse_json(text.encode(errors="surrogateescape"), where), where)
     return config
 
 
