@@ -2,7 +2,7 @@
 
 Layout: magic, version, number of tensors and of settings; the settings; name, dimensions (innermost first), type and
 offset of each tensor; the tensors' data, aligned. Every length is compared with the bytes that are left before
-anything is made of it. The arithmetic of quantised types is that of the `gguf` package."""
+anything is made of it. The sizes and the arithmetic of types are those of the `gguf` package."""
 
 import itertools
 import math
@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.stored import MAX_TENSORS, PLAIN, StoredTensor, aligned, plain_tensor
+from jaxgpt.interop.stored import FLOATS, MAX_TENSORS, PLAIN, StoredTensor, aligned, plain_tensor
 
-_TYPES = {  # number in the file -> name, elements in a block, bytes of a block
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-}  # fmt: skip
+_TYPES = {kind.value: kind for kind in GGMLQuantizationType if kind.name in FLOATS}
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 _MAX_HEADER, _MAX_NUMBERS = 2**25, 2**22
@@ -113,14 +110,14 @@ def _read_tensors(reader: _Reader, count: int, alignment: Any, file_size: int) -
     for name, (shape, kind, offset) in found.items():
         reader.what = f"tensor {name!r}"
         if kind not in _TYPES:
-            raise reader.fail(f"its type {kind} is not one of {', '.join(t[0] for t in _TYPES.values())}")
-        type_name, block, block_bytes = _TYPES[kind]
+            raise reader.fail(f"its type {kind} is not one of {', '.join(FLOATS)}")
+        block, block_bytes = GGML_QUANT_SIZES[_TYPES[kind]]
         elements = math.prod(shape)
         size = elements // block * block_bytes
         if elements == 0 or shape[-1] % block or offset % alignment or start + offset + size > file_size:
-            raise reader.fail(f"{type_name}{list(shape)} at offset {offset} does not fit into the file")
+            raise reader.fail(f"{_TYPES[kind].name}{list(shape)} at offset {offset} does not fit into the file")
         ranges.append((offset, offset + size, name))
-        tensors[name] = _tensor(reader.path, start + offset, shape, kind)
+        tensors[name] = _tensor(reader.path, start + offset, shape, _TYPES[kind])
     for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(ranges)):
         if begin < end:
             reader.what = f"tensor {other!r}"
@@ -128,14 +125,12 @@ def _read_tensors(reader: _Reader, count: int, alignment: Any, file_size: int) -
     return tensors
 
 
-def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: int) -> StoredTensor:
-    name, block, block_bytes = _TYPES[kind]
-    if name in PLAIN:
-        return plain_tensor(path, start, shape, name)
+def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: GGMLQuantizationType) -> StoredTensor:
+    if kind.name in PLAIN:
+        return plain_tensor(path, start, shape, kind.name)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
 
     def read() -> np.ndarray:
-        from gguf import GGMLQuantizationType, quants  # 0.1 s, for nothing where there is no GGUF
-
         blocks, group = math.prod(shape) // block, _GROUP_ELEMENTS // block
         values = aligned((blocks, block), np.float32)
         # A damaged scale may be infinite: who loads the tensor looks.
@@ -144,7 +139,7 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: int) -> Stored
             for i in range(0, blocks, group):
                 row = np.fromfile(file, np.uint8, min(group, blocks - i) * block_bytes)
                 # As one row: `gguf` would loop over groups of 16 in Python.
-                values[i : i + group] = quants.dequantize(row[None], GGMLQuantizationType[name]).reshape(-1, block)
+                values[i : i + group] = quants.dequantize(row[None], kind).reshape(-1, block)
         return values.reshape(shape)
 
-    return StoredTensor(shape, name, read)
+    return StoredTensor(shape, kind.name, read)

@@ -11,7 +11,6 @@ from jaxgpt.errors import BadFileError, ConfigError, note
 from jaxgpt.files import read_json
 from jaxgpt.generation.engine import for_decoding
 from jaxgpt.interop.configs import read_config, read_gguf_config
-from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.interop.safetensors_dir import read_safetensors
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.vocabulary import open_tokenizer
@@ -70,6 +69,8 @@ def open_model(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadFileError(f"{where}: it must be a .gguf file, or a directory with config.json")
+        from jaxgpt.interop.gguf import read_gguf  # 0.1 s, for nothing where there is no GGUF
+
         metadata, tensors = read_gguf(path)
         return Layout(*read_gguf_config(metadata, tensors, where), gguf=True), tensors
     layout = Layout(*read_config(read_json(path / "config.json", limit=2**20), str(path / "config.json")), gguf=False)
