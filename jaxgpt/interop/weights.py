@@ -144,21 +144,15 @@ def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredT
 
 
 def stored_tensors(model: Transformer, family: Family, kind: str = "F32") -> dict[str, StoredTensor]:
-    """Every tensor of the family's safetensors, to be written as `kind`; each is taken from the devices, in float32,
-    when it is read."""
+    """Every tensor of the family's safetensors, to be written as `kind`, of a model whose layers are stacked; each is
+    taken from the devices, in float32, when it is read."""
     layout = Layout(family, model.config, gguf=False)
     leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
     def read(stored_name: str, layer: int | None, expert: int | None) -> np.ndarray:
         tensor = np.empty(layout.shape(stored_name), np.float32)
         for place in layout.tensors[stored_name]:
-            name = place.row.name
-            if layer is None:
-                array = leaves[name]
-            elif isinstance(model.layers, tuple):
-                array = leaves[f"layers.{layer}.{name}"]
-            else:
-                array = leaves[f"layers.{name}"][layer]
+            array = leaves[place.row.name] if layer is None else leaves[f"layers.{place.row.name}"][layer]
             array = np.asarray(array)[: layout.sizes[place.row.axes[0]]]  # without rows that round the vocabulary up
             layout.part(tensor, place)[...] = array if expert is None else array[expert]
         return tensor

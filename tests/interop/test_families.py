@@ -132,7 +132,7 @@ def test_exports_what_transformers_reads_back(case: tuple, mesh_of: Callable, tm
 
     name, directory, model = case
     with mesh_of():
-        family, ours = load_weights(directory)
+        family, ours = load_weights(directory, for_training=True)
         _, hf = write_config(ours.config, family)
         (tmp_path / "config.json").write_text(json.dumps(hf | IDS | {"dtype": "float32"}))
         write_safetensors(tmp_path, stored_tensors(ours, family_of(family, name)))
