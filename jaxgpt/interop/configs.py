@@ -36,14 +36,13 @@ def canonical(config: ModelConfig) -> ModelConfig:
     """The configuration with every default that depends on another field written out, and one value for one meaning."""
     windows = config.layer_windows if any(config.layer_windows) else ()
     biased = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
-    default = ModelConfig()
     return dataclasses.replace(
         config, n_kv_heads=config.kv_heads, head_dim=config.key_dim, d_ff=config.ff_dim, windows=windows,
         rotary_layers=() if all(config.layers_rotate) else config.layers_rotate, attention_output_bias=biased,
         query_scalar=config.query_scalar or float(config.key_dim),
         local_rope_theta=config.local_rope_theta if windows else None,
         norm_bias=config.norm_bias and config.norm == "layernorm",
-        **{name: getattr(default, name) for name in (*_unused(config), *_MEMORY)},
+        **{name: getattr(ModelConfig, name) for name in (*_unused(config), *_MEMORY)},
     )  # fmt: skip
 
 
