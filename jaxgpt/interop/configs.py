@@ -16,7 +16,7 @@ from jaxgpt.interop.families import FAMILIES, SCALING, WORDS, Family, family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.model.rotary import frequencies
 from jaxgpt.model_config import ModelConfig
-from jaxgpt.presets import validated
+from jaxgpt.presets import differences, validated
 
 Json = dict[str, Any]
 
@@ -124,8 +124,7 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
             continue
         if again == config:
             return family, hf
-        names = [f.name for f in dataclasses.fields(config)]
-        differs[family.model_type] = [name for name in names if getattr(again, name) != getattr(config, name)]
+        differs[family.model_type] = list(differences(again, config))
     near = min(differs, key=lambda name: len(differs[name]))
     why = f"the nearest, {near}, differs in {', '.join(differs[near])}; only --to jaxgpt can hold it"
     raise ConfigError(f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: {why}")
