@@ -162,11 +162,10 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): _decimal(value) for key, value in metadata.items() if key.startswith(prefix)}
     experts = bool(own.get("expert_count"))
-    families = [each for each in FAMILIES if each.gguf == architecture and ("n_experts" in each.keys) == experts]
-    if not families:
+    ours = (each for each in FAMILIES if each.gguf == architecture and ("n_experts" in each.keys) == experts)
+    if (family := next(ours, None)) is None:
         known = ", ".join(sorted({family.gguf for family in FAMILIES}))
         raise BadFileError(f"{where}: general.architecture {architecture!r} is not implemented; there are {known}")
-    family = families[0]
     with reading(where):
         hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
         hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
