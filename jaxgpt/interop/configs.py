@@ -56,24 +56,23 @@ def read_config(hf: Json, where: str) -> tuple[Family, ModelConfig]:
         if hf.get(key) not in [None, [], *legal]:
             raise BadFileError(f"{where}: {key} is {hf[key]!r}, and only {legal[0]!r} is implemented for this family")
     with reading(where):
-        hf = family.defaults | _flat(hf)
+        hf = family.defaults | {family.aliases.get(key, key): value for key, value in _flat(hf).items()}
         if hf["rope_type"] in ("longrope", "su"):
             original = hf["original_max_position_embeddings"]
             factor = hf.get("factor", hf["max_position_embeddings"] / original)
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             hf = {"factor": factor, "attention_factor": usual} | hf
         keys = {name: key for name, key in family.keys.items() if key and name not in ("windows", "rotary_layers")}
-        found = {name: next((each for each in key.split("|") if each in hf), key) for name, key in keys.items()}
-        fields = family.fixed | {name: hf[key] for name, key in found.items() if hf.get(key) is not None}
-        for name in WORDS.keys() & found.keys() & fields.keys():
+        fields = family.fixed | {name: hf[key] for name, key in keys.items() if hf.get(key) is not None}
+        for name in WORDS.keys() & keys.keys() & fields.keys():
             if fields[name] not in WORDS[name]:
-                odd = f"{found[name]} is {fields[name]!r:.80}, which is not implemented"
+                odd = f"{keys[name]} is {fields[name]!r:.80}, which is not implemented"
                 raise BadFileError(f"{where}: {odd}; take another model")
             fields[name] = WORDS[name][fields[name]]
         unused = _SCALED - {*SCALING.get(fields.get("rope_scaling", "none"), ())}
         for f in dataclasses.fields(ModelConfig):
-            if (f.default is not None or f.name == "vocab_size") and f.name in found.keys() - fields.keys() - unused:
-                raise BadFileError(f"{where}: there is no {found[f.name]}; restore the file")
+            if (f.default is not None or f.name == "vocab_size") and f.name in keys.keys() - fields.keys() - unused:
+                raise BadFileError(f"{where}: there is no {keys[f.name]}; restore the file")
         config = validated(ModelConfig, fields, "")
         layers: Json = {"windows": _read_windows(hf, family, config)}
         if "rotary_layers" in family.keys:
@@ -99,7 +98,7 @@ def _flat(hf: Json) -> Json:
 
 def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, ...]:
     window, period = hf.get("sliding_window"), hf.get("sliding_window_pattern") or family.window_period
-    if not family.key("windows") or not window or hf.get("use_sliding_window") is False:
+    if not family.keys.get("windows") or not window or hf.get("use_sliding_window") is False:
         return ()
     if hf.get("layer_types") is None or period == -1:
         if period == 1:
@@ -137,10 +136,10 @@ def _as_family(config: ModelConfig, family: Family) -> Json:
     if values["query_scalar"] % 1 == 0:
         values["query_scalar"] = int(values["query_scalar"])  # transformers takes no float
     for name, words in WORDS.items():
-        usual = family.defaults.get(family.key(name), "")
+        usual = family.defaults.get(family.keys[name], "")
         values[name] = next(word for word in (usual, *words) if words.get(word) == values[name])
     unused = _unused(config)
-    written = {name: family.key(name) for name, key in family.keys.items() if key and name not in unused}
+    written = {name: key for name, key in family.keys.items() if key and name not in unused}
     hf: Json = {"model_type": family.model_type} | {key: legal[0] for key, legal in family.requires.items()}
     scaled = [name for name in ("rope_scaling", *SCALING[config.rope_scaling]) if name in written]
     scaling = {written.pop(name): values[name] for name in scaled}
@@ -169,8 +168,9 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     with reading(where):
         hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}
         hf |= family.gguf_assumes | {"tie_word_embeddings": "output.weight" not in tensors}
-        hf |= {family.key(name): tensor in tensors for name, tensor in family.gguf_tensors.items()}
-        hf |= {family.key(name): own[key] for name, key in family.gguf_keys.items() if key in own and family.key(name)}
+        keys = family.keys
+        hf |= {keys[name]: tensor in tensors for name, tensor in family.gguf_tensors.items()}
+        hf |= {keys[name]: own[key] for name, key in family.gguf_keys.items() if key in own and keys[name]}
         width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
         rotated = own.get("rope.dimension_count", width)
         hf["partial_rotary_factor"] = rotated / width

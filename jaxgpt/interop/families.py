@@ -34,7 +34,7 @@ class Family:
     gguf: str  # `general.architecture` of its GGUF files
     rows: tuple[Row, ...]
     fixed: dict[str, Any]  # fields of ModelConfig that are the same in all models of the family
-    keys: dict[str, str]  # field of ModelConfig -> key of config.json; A|B reads either and writes A
+    keys: dict[str, str]  # field of ModelConfig -> key of config.json
     gguf_keys: dict[str, str]  # field of ModelConfig -> key of GGUF, after the architecture
     requires: dict[str, list]  # the only values of keys of config.json that are implemented; the first is written
     defaults: dict[str, Any]  # values of keys that a config.json leaves out
@@ -52,10 +52,7 @@ class Family:
     gguf_assumes: dict[str, Any] = field(default_factory=dict)
     # Layers of the models whose query scalar is d_model / n_heads: GGUF holds none, and others have head_dim.
     gguf_wide_scalar: tuple[int, ...] = ()
-
-    def key(self, name: str) -> str:
-        """The key of config.json that is written for a field of ModelConfig; empty where there is none."""
-        return self.keys.get(name, "").split("|")[0]
+    aliases: dict[str, str] = field(default_factory=dict)  # other names of keys of config.json, which are only read
 
 
 def _families(table: dict[str, Any]) -> tuple[Family, ...]:

@@ -44,7 +44,7 @@ def settings_of(config: ModelConfig, family: Family) -> tuple[Json, dict[str, np
     hf |= hf.get("rope_scaling") or {}
     if config.rope_scaling != "linear":  # for the others there is no name
         hf |= {"rope_type": None, "factor": None}
-    own = {key: hf[family.key(name)] for name, key in family.gguf_keys.items() if hf.get(family.key(name))}
+    own = {key: hf[family.keys[name]] for name, key in family.gguf_keys.items() if hf.get(family.keys[name])}
     own |= {"attention.value_length": config.key_dim, "vocab_size": config.vocab_size}
     if config.positions == "rotary":
         own["rope.dimension_count"] = config.rotary_dim
