@@ -56,19 +56,15 @@ def _byte_level(own: Json, kinds: list[int], bos: int | None) -> bytes:
 
 def _sentencepiece(own: Json, kinds: list[int], ids: Json) -> bytes:
     unknown = ids["unknown"] if ids["unknown"] is not None else kinds.index(Kind.UNKNOWN)
-    proto = model_pb2.ModelProto()
+    trainer = {"model_type": "BPE", "vocab_size": len(kinds), "byte_fallback": True}
+    for name, token in {"unk": unknown, "bos": ids["bos"], "eos": ids["eos"], "pad": ids["padding"]}.items():
+        trainer |= {f"{name}_id": -1} if token is None else {f"{name}_id": token, f"{name}_piece": own["tokens"][token]}
+    prefix = bool(own.get("add_space_prefix", True))
+    normalizer = {"name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": prefix}
+    proto = model_pb2.ModelProto(trainer_spec=trainer, normalizer_spec=normalizer)
     for i, (token, score, kind) in enumerate(zip(own["tokens"], own["scores"], kinds, strict=True)):
         piece = token.replace(" ", SPACE) if kind == Kind.USER_DEFINED else token
         proto.pieces.add(piece=piece, score=score, type=Kind.UNKNOWN if i == unknown else kind or Kind.NORMAL)
-    trainer = proto.trainer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(kinds), True
-    for name, token in {"unk": unknown, "bos": ids["bos"], "eos": ids["eos"], "pad": ids["padding"]}.items():
-        setattr(trainer, f"{name}_id", -1 if token is None else token)
-        if token is not None:
-            setattr(trainer, f"{name}_piece", own["tokens"][token])
-    normalizer = proto.normalizer_spec
-    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
-    normalizer.add_dummy_prefix = bool(own.get("add_space_prefix", True))
     return proto.SerializeToString()
 
 
