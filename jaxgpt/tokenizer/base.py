@@ -122,8 +122,7 @@ class Tokenizer(ABC):
 
     def settings(self) -> Settings:
         """What `_take` needs to make the same tokenizer of the same model, and the class that transformers needs."""
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        found: Settings = {key: self.pieces[token] for key, token in ids.items()}
+        found: Settings = {f"{kind}_token": self.pieces[getattr(self, f"{kind}_id")] for kind in ("bos", "eos", "pad")}
         found |= {"add_bos_token": bool(self.bos_ids), "end_tokens": [self.pieces[token] for token in self.end_ids]}
         return found | {"chat_template": self.chat_template, "tokenizer_class": "PreTrainedTokenizerFast"}
 
