@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,6 @@ class Kind:
     NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
-def spelt(piece: str, kind: int) -> bytes:
-    """The bytes of a piece such as `▁return` or `<0x0A>`."""
-    return BYTE_PIECES[piece] if kind == Kind.BYTE else piece.replace(SPACE, " ").encode()
-
-
 class Tokenizer(ABC):
     """One interface for all kinds. vocab_size counts all ids; pieces[id] is how the model writes an id, such as
     `▁return`, `<0x0A>` or `<s>`, kinds[id] what it is, token_bytes[id] what it adds to the text (b"" for special
@@ -39,16 +34,14 @@ class Tokenizer(ABC):
     bos_id = eos_id = pad_id = -1
     bos_ids: list[int]
 
-    def __init__(
-        self, model_bytes: bytes, where: str, pieces: list[str], kinds: list[int], spell: Callable[[str, int], bytes]
-    ) -> None:
+    def __init__(self, model_bytes: bytes, where: str, pieces: list[str], kinds: list[int]) -> None:
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.where = where
         self.vocab_size = len(pieces)
         self.pieces, self.kinds = pieces, kinds
         of_kind, silent = list(zip(pieces, kinds, strict=True)), (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
-        self.token_bytes = [b"" if kind in silent else spell(piece, kind) for piece, kind in of_kind]
+        self.token_bytes = [b"" if kind in silent else self._spell(piece, kind) for piece, kind in of_kind]
         self.special_tokens = {piece: i for i, (piece, kind) in enumerate(of_kind) if piece and kind == Kind.CONTROL}
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self.spells_all = kinds.count(Kind.BYTE) == 256
@@ -56,6 +49,10 @@ class Tokenizer(ABC):
         self._spelt = {SPACE: [self._ids[f"<0x{byte:02X}>"] for byte in SPACE.encode()]} if self.spells_all else {}
         self._spelt_or_special = self._spelt | {name: [token] for name, token in self.special_tokens.items()}
         self.prefix = self._dummy = ""  # what a whole text loses when decoded, and gets here before it is encoded
+
+    def _spell(self, piece: str, kind: int) -> bytes:
+        """The bytes of a piece such as `▁return` or `<0x0A>`."""
+        return BYTE_PIECES[piece] if kind == Kind.BYTE else piece.replace(SPACE, " ").encode()
 
     @abstractmethod
     def _cut(self, texts: list[str], special: bool) -> list[list[int]]: ...
@@ -66,7 +63,7 @@ class Tokenizer(ABC):
         _refuse_surrogates(text)
         known = self._spelt_or_special if allow_special else self._spelt
         longest_first = sorted(map(re.escape, known), key=len, reverse=True)
-        if text and not (allow_special and any(name and text.startswith(name) for name in self.special_tokens)):
+        if text and not (allow_special and text.startswith(tuple(self.special_tokens))):
             text = self._dummy + text
         ids: list[int] = []
         for part in re.split(f"({'|'.join(longest_first)})", text) if known else [text]:

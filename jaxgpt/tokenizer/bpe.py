@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from jaxgpt.errors import BadFileError, note
-from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer, spelt
+from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer
 
 MAX_BYTES = 256 * 2**20
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -44,7 +44,7 @@ class JsonTokenizer(Tokenizer):
             kinds[token] = Kind.BYTE if piece in BYTE_PIECES and not self.byte_level else Kind.NORMAL
         for token, added in self._model.get_added_tokens_decoder().items():
             kinds[token] = Kind.CONTROL if added.special else Kind.USER_DEFINED
-        super().__init__(model_bytes, where, pieces, kinds, _from_alphabet if self.byte_level else spelt)
+        super().__init__(model_bytes, where, pieces, kinds)
         self._spelt_or_special = {}  # the library finds special tokens, and what they do with spaces around them
         bytes_of_utf8 = set(range(0xF5)) - {0xC0, 0xC1} if self.byte_level else set()
         self._missing = bytes_of_utf8 - {raw[0] for raw in self.token_bytes if len(raw) == 1}
@@ -57,6 +57,13 @@ class JsonTokenizer(Tokenizer):
         self._check()
         self.bos_id = self.bos_id if self.bos_id >= 0 else [*self.bos_ids, self.eos_id][0]
         self.pad_id = self.pad_id if self.pad_id >= 0 else self.eos_id
+
+    def _spell(self, piece: str, kind: int) -> bytes:
+        if not self.byte_level:
+            return super()._spell(piece, kind)
+        if kind == Kind.USER_DEFINED:
+            return piece.encode()
+        return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
 
     def _check(self) -> None:
         if self.eos_id < 0:
@@ -73,12 +80,6 @@ class JsonTokenizer(Tokenizer):
         self._model.encode_special_tokens = not special
         found = self._model.encode_batch_fast(texts, add_special_tokens=False)  # on as many cores as the library wants
         return [each.ids for each in found]
-
-
-def _from_alphabet(piece: str, kind: int) -> bytes:
-    if kind == Kind.USER_DEFINED:
-        return piece.encode()
-    return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
 
 
 CUTTINGS: dict[str, Settings] = tomllib.loads(Path(__file__).with_name("cuttings.toml").read_text("utf-8"))

@@ -10,7 +10,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, spelt
+from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer
 
 model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 _PROBE = f" a  b\r\n\t{SPACE}\n   \x00\ufeffe\u0301 \U0001f642</s><0x41> "
@@ -29,7 +29,7 @@ class SentencePieceTokenizer(Tokenizer):
             pieces = [piece.piece for piece in proto.pieces]
         except (RuntimeError, UnicodeDecodeError):
             raise BadFileError(f"{where} is not a SentencePiece model; train a new one or restore the file") from None
-        super().__init__(model_bytes, where, pieces, [piece.type for piece in proto.pieces], spelt)
+        super().__init__(model_bytes, where, pieces, [piece.type for piece in proto.pieces])
         self.scores = [piece.score for piece in proto.pieces]
         self.unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
         self._model = model
