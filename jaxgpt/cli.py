@@ -20,7 +20,7 @@ from rich.cells import cell_len, set_cell_size
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, run_command
+from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, require, run_command
 from jaxgpt.files import cache_home
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.presets import load_preset, to_json
@@ -199,8 +199,7 @@ class Tokenize:
     tokenizer: UseAppendAction[tuple[Path, ...]]
 
     def run(self) -> None:
-        if not self.tokenizer:
-            raise ConfigError("tokenize: there is no --tokenizer; name a tokenizer's file or a model")
+        require(bool(self.tokenizer), "tokenize: there is no --tokenizer; name a tokenizer's file or a model")
         from jaxgpt.interop.vocabulary import open_tokenizer
 
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if self.text == "-" else self.text

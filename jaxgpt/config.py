@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jaxgpt.errors import require
 from jaxgpt.files import cache_home
 from jaxgpt.model_config import ModelConfig as ModelConfig
-from jaxgpt.model_config import Section, require
+from jaxgpt.model_config import Section
 
 _UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}  # by an optimizer
 

@@ -58,6 +58,12 @@ class TrainingError(JaxgptError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase `; did you mean A or B?` for a misspelt name, or nothing when none is near."""
     near = difflib.get_close_matches(name[:100], list(known), n=3, cutoff=0.6)

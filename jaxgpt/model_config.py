@@ -10,15 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin
 
-from jaxgpt.errors import ConfigError
+from jaxgpt.errors import ConfigError, require
 
 VOCAB_MULTIPLE = 128  # the embedding's rows are rounded up to this
 _BOUNDS = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text("utf-8"))
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 class Section:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.errors import ConfigError, JaxgptError, nearest
+from jaxgpt.errors import ConfigError, JaxgptError, nearest, require
 from jaxgpt.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +53,7 @@ def load_preset(name: str) -> TrainConfig:
         raise ConfigError(f"configuration {name}: there is no such file{near}")
     if path.suffix == ".json":
         return validated(TrainConfig, read_json(path, limit=2**20), str(path))
-    if path.suffix != ".py":
-        raise ConfigError(f"configuration {name}: it must be a .py preset or a .json file")
+    require(path.suffix == ".py", f"configuration {name}: it must be a .py preset or a .json file")
     try:
         config = runpy.run_path(str(path)).get("config", lambda: None)()
     except JaxgptError:

@@ -19,8 +19,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxgpt.config import MeshConfig
-from jaxgpt.errors import ConfigError
-from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig, require
+from jaxgpt.errors import require
+from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig
 
 PyTree = TypeVar("PyTree")
 
@@ -46,9 +46,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // abs(math.prod(sizes))
-    if math.prod(sizes) != count:
-        asked = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
-        raise ConfigError(f"mesh {asked} does not fit {count} devices; make the sizes multiply to {count}")
+    asked = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
+    require(math.prod(sizes) == count, f"mesh {asked} does not fit {count} devices; make the sizes multiply to {count}")
     # `jax.make_mesh` would refuse 8 x 8 on a 4x4x4 cube of v5p, where one axis of the cube must serve two of the mesh.
     layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(layout, ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3)

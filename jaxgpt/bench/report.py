@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.errors import SlowerError, note
+from jaxgpt.errors import SlowerError, note, require
 from jaxgpt.files import read_json, reading, write_atomically
-from jaxgpt.model_config import require
 
 Row = dict[str, Any]
 SHORTEST = 0.005  # seconds that one sample takes at least: shorter calls are repeated

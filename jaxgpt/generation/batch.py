@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import BadFileError, ConfigError, StorageError, note
+from jaxgpt.errors import BadFileError, ConfigError, StorageError, note, require
 from jaxgpt.files import append, bounded_lines, locked, publish, sync, write_atomically
 from jaxgpt.generation.engine import Completion, Engine, Request, chosen
 from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.model_config import require
 from jaxgpt.progress import Bar, clock
 
 LONGEST_LINE = 16 * 2**20  # bytes of an input line

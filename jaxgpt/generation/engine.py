@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxgpt.errors import ConfigError
+from jaxgpt.errors import ConfigError, require
 from jaxgpt.generation.automaton import token_table
 from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.model_config import require
 from jaxgpt.sharding import batch_parts, out_sharding
 from jaxgpt.tokenizer import Tokenizer
 
