@@ -11,10 +11,9 @@ import signal
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from jaxgpt.checkpoint import Checkpoints, restore_model
 from jaxgpt.config import TrainConfig
@@ -106,8 +105,7 @@ class Trainer:
             raise StorageError(f"{self.config.run_path}: {why}; make room or choose another --run-dir")
         if converted := self.checkpoints.steps() == [0]:
             step, model, provenance = restore_model(self.config.run_path, abstract.model)
-            state = jax.jit(init_state, static_argnums=0)(self.config)
-            state = replace(state, model=model, raw_model=state.raw_model and jax.tree.map(jnp.copy, model))
+            state = jax.jit(init_state, static_argnums=0)(self.config, model)
         elif restored := self.checkpoints.restore(abstract.model, abstract.rest):
             step, model, rest, provenance = restored
             state = TrainState(model=model, **rest)

@@ -35,9 +35,10 @@ class TrainState:
         return {name: part for name, part in vars(self).items() if name != "model"}
 
 
-def init_state(config: TrainConfig) -> TrainState:
-    """The state before step 0, a pure function of the seed. Jit it, so that parameters are born sharded."""
-    model = Transformer(config.model, jax.random.key(config.training.seed))
+def init_state(config: TrainConfig, model: Transformer | None = None) -> TrainState:
+    """The state before step 0, of a model that is given, or else a pure function of the seed. Jit it, so that
+    parameters are born sharded."""
+    model = model or Transformer(config.model, jax.random.key(config.training.seed))
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(model)
     raw_model = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer, raw_model)
