@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.presets import load_preset
+from jaxgpt.config import MeshConfig, TrainConfig, load_preset
 
 
 def config() -> TrainConfig:

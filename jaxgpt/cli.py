@@ -19,11 +19,10 @@ import tyro
 from rich.cells import cell_len, set_cell_size
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
-from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.config import MeshConfig, TrainConfig, load_preset, to_json
 from jaxgpt.errors import ConfigError, JaxgptError, nearest, note, require, run_command
 from jaxgpt.files import cache_home
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.presets import load_preset, to_json
 
 Options = TypeVar("Options")
 

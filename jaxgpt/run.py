@@ -12,11 +12,10 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.config import ModelConfig, TrainConfig, differences, to_json, validated
 from jaxgpt.errors import BadFileError, ConfigError, require
 from jaxgpt.files import read_json, write_atomically
 from jaxgpt.model import Transformer
-from jaxgpt.presets import differences, to_json, validated
 from jaxgpt.sharding import check_divides
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 

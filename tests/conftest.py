@@ -38,9 +38,9 @@ from jaxgpt.config import (
     TokenizerConfig,
     TrainConfig,
     TrainingConfig,
+    to_json,
 )
 from jaxgpt.errors import run_command
-from jaxgpt.presets import to_json
 from jaxgpt.sharding import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)

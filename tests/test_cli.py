@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.config import MeshConfig, TrainConfig, to_json, validated
 from jaxgpt.data.shards import open_tokenized
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.presets import to_json, validated
 from jaxgpt.run import read_config
 from jaxgpt.tokenizer import load_tokenizer
 

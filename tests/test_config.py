@@ -18,10 +18,12 @@ from jaxgpt.config import (
     TokenizerConfig,
     TrainConfig,
     TrainingConfig,
+    differences,
+    to_json,
+    validated,
 )
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import parse_json
-from jaxgpt.presets import differences, to_json, validated
 
 DEFAULT = TrainConfig()
 

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.config import MeshConfig, TrainConfig, load_preset, to_json
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import parameter_count, parameter_name
-from jaxgpt.presets import load_preset, to_json
 from jaxgpt.run import with_vocabulary
 from jaxgpt.sharding import check_divides, make_mesh, place_shapes
 from jaxgpt.training.step import TrainState, init_state

@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from jaxgpt import errors
+from jaxgpt.config import load_preset
 from jaxgpt.model import Transformer, parameter_count
-from jaxgpt.presets import load_preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -18,12 +18,11 @@ import pytest
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
-from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig
+from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, load_preset
 from jaxgpt.data.loader import Batch
 from jaxgpt.generation.decode import Slots, decode, empty_slots, prefill
 from jaxgpt.generation.engine import CHUNK, STEPS_PER_DISPATCH
 from jaxgpt.model import Transformer
-from jaxgpt.presets import load_preset
 from jaxgpt.run import with_vocabulary
 from jaxgpt.sharding import batch_parts, check_divides, make_mesh, place_shapes, shard
 from jaxgpt.training.step import init_state, make_train_step

@@ -14,12 +14,11 @@ import numpy as np
 from tyro.conf import Positional
 
 from jaxgpt.bench.report import Contender, Output, Row, measure
-from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, TrainingConfig
+from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, TrainingConfig, load_preset
 from jaxgpt.data.loader import Batch
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.interop.load import Dtype, load_model
-from jaxgpt.presets import load_preset
 from jaxgpt.roofline import forward_flops_per_token, measured_bandwidth, peak_flops
 from jaxgpt.run import TrainedModel
 from jaxgpt.sharding import check_divides, make_mesh, place_batch

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from jaxgpt.config import validated
 from jaxgpt.errors import ConfigError, nearest
 from jaxgpt.generation.engine import Completion
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.presets import validated
 
 Json = dict[str, Any]
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}

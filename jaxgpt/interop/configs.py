@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.config import ModelConfig, differences, validated
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import reading
 from jaxgpt.interop.families import FAMILIES, SCALING, WORDS, Family, family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.model.rotary import frequencies
-from jaxgpt.model_config import ModelConfig
-from jaxgpt.presets import differences, validated
 
 Json = dict[str, Any]
 
