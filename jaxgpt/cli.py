@@ -156,7 +156,7 @@ class Generate(Compute):
             part = int(shard[1]), int(shard[2])
             job = Job(self.input, self.output, self.sampling, is_text=self.format == "text", shard=part)
         with self.load(self.checkpoint, self.step) as trained:
-            slots = self.slots if self.input else self.sampling.samples
+            slots = self.slots if self.input else self.sampling.num_samples
             engine = Engine(trained.model, trained.tokenizer, slots, self.speculate)
             if not self.input:
                 return self._continue(engine)
@@ -169,11 +169,7 @@ class Generate(Compute):
 
     def _continue(self, engine: Any) -> None:
         """Print the first sample as it comes, the others, which come at the same time, behind it."""
-        room = engine.room(self.prompt)
-        if self.sampling.best_of:  # which are known when all are complete
-            pieces = ((i, each.text) for i, each in enumerate(engine.generate([self.prompt], self.sampling)))
-        else:
-            pieces = engine.stream(self.prompt, self.sampling)
+        room, pieces = engine.room(self.prompt), engine.stream(self.prompt, self.sampling)
         if engine.truncated:
             note(f"the prompt leaves room for {max(room, 0)} tokens: truncated on the {self.sampling.truncate}")
         elif room < self.sampling.max_new_tokens:

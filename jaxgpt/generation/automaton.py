@@ -61,7 +61,7 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
             goes_on = ~there & (at != count)
             walking, at = walking[goes_on], at[goes_on]
     table_NV[:, list(ends)] = count
-    table_NV[np.ix_(final, ends)] = final[:, None]
+    table_NV[final[:, None], list(ends)] = final[:, None]
     while (leads_NV := np.append((table_NV == count).all(1), False)[table_NV]).any():  # to where no token can follow
         table_NV[leads_NV] = count
     if (table_NV[0] == count).all():

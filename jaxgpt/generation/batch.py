@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, note, require
 from jaxgpt.files import append, bounded_lines, locked, publish, sync, write_atomically
-from jaxgpt.generation.engine import Completion, Engine, Request, chosen
+from jaxgpt.generation.engine import Completion, Engine, Request
 from jaxgpt.generation.requests import Line, answer, error_answer, parse_line
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.progress import Bar, clock
@@ -131,8 +131,8 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 continue
             line, completions = begun[request.tag]
             completions[request.sample] = completion
-            if len(completions) == line.params.samples:
-                output.put(request.tag, answer(line, chosen(completions, line.params)))
+            if len(completions) == line.params.num_samples:
+                output.put(request.tag, answer(line, [completions[i] for i in range(len(completions))]))
                 del begun[request.tag]
                 if due := (now := time.monotonic()) - said > _REPORT_SECONDS:
                     sync(output.part)

@@ -108,16 +108,6 @@ def _shared(ids: list[int], other: list[int]) -> int:
     return begin
 
 
-def chosen(samples: dict[int, Completion], params: SamplingParams) -> list[Completion]:
-    """The samples of a prompt, or those whose tokens are the most probable on average, if that was asked for."""
-    completions = [samples[i] for i in range(params.samples)]
-    if not params.best_of:
-        return completions
-    mean = lambda each: (each.finish_reason != "error", sum(each.logprobs) / max(len(each.logprobs), 1))  # noqa: E731
-    best = sorted(completions, key=mean, reverse=True)[: params.num_samples]
-    return best if params.logprobs is not None else [replace(each, logprobs=None, top_logprobs=None) for each in best]
-
-
 class _Forms:
     """The automata that the texts in the slots follow, one behind the other on the device."""
 
@@ -169,17 +159,14 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         paired = enumerate(zip(prompts, each, strict=True))
         waiting = [request for i, (prompt, own) in paired for request in self.requests(prompt, own, i)]
-        made: list[dict[int, Completion]] = [{} for _ in each]
-        for request, _, completion in self.run(waiting):
-            if completion:
-                made[request.tag][request.sample] = completion
-        return [completion for samples, own in zip(made, each, strict=True) for completion in chosen(samples, own)]
+        found = {(p.request.tag, p.request.sample): p.completion for p in self.run(waiting) if p.completion}
+        return [found[request.tag, request.sample] for request in waiting]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        asked = params.logprobs is not None or params.prompt_logprobs is not None or params.best_of
-        require(not asked, "a stream has no logprobs, prompt_logprobs or best_of; leave it out, or use Engine.generate")
+        asked = params.logprobs is not None or params.prompt_logprobs is not None
+        require(not asked, "logprobs, prompt_logprobs: a stream has none; leave them out, or use Engine.generate")
         waiting = self.requests(prompt, params)
         return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 
@@ -214,7 +201,7 @@ class Engine:
         regex, form = "|".join(map(re.escape, params.choice)) or params.regex, None
         if regex or params.json_schema:
             form = token_table(regex, params.json_schema, self._spelt, ends)
-        return [Request(ids, params, ends, form, sample, tag) for sample in range(params.samples)]
+        return [Request(ids, params, ends, form, sample, tag) for sample in range(params.num_samples)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
@@ -297,22 +284,18 @@ def _put(array: np.ndarray, axes: str) -> Array:
 
 
 def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) -> Completion:
-    params, first = request.params, done.prompt_tokens
-    of_completion, of_prompt = params.logprobs is not None or params.best_of > 0, params.prompt_logprobs is not None
-    if not of_completion and not of_prompt:
+    of_each, of_prompt, first = request.params.logprobs, request.params.prompt_logprobs, done.prompt_tokens
+    if of_each is None and of_prompt is None:
         return done
     rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
     each, ids, top = (row.tolist() for row in jax.device_get(tuple(rows)))
-
-    def most(place: int, wanted: int | None) -> dict[int, float]:
-        return dict(zip(ids[place][: wanted or 0], top[place][: wanted or 0], strict=True))
-
-    if of_prompt:
-        told = [{token: each[i]} | most(i, params.prompt_logprobs) for i, token in enumerate(request.ids)]
+    most = lambda place, wanted: dict(zip(ids[place][:wanted], top[place][:wanted], strict=True))  # noqa: E731
+    if of_prompt is not None:
+        told = [{token: each[i]} | most(i, of_prompt) for i, token in enumerate(request.ids)]
         done = replace(done, prompt_logprobs=[None, *told[1:]])
-    if of_completion:
+    if of_each is not None:
         places = range(first, first + len(done.token_ids))
-        tops = [most(place, params.logprobs) for place in places]
+        tops = [most(place, of_each) for place in places]
         done = replace(done, logprobs=[each[place] for place in places], top_logprobs=tops)
     return done
 

@@ -40,7 +40,6 @@ class SamplingParams(Section):
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), at most 300.
     seed: int = 0  # Random numbers come from it, the number of the sample and the position alone.
     num_samples: int = 1  # Samples of the prompt.
-    best_of: int = 0  # Make this many, and keep the num_samples whose tokens are the most probable on average; 0: all.
     choice: tuple[str, ...] = ()  # The completion is one of these texts,
     regex: str = ""  # or such that all of it matches this,
     json_schema: str = ""  # or JSON that this schema, as JSON, allows. These need the extra `constrain`.
@@ -61,17 +60,10 @@ class SamplingParams(Section):
         self.within(0, self.max_new_tokens, "min_new_tokens")
         few = len(self.logit_bias) <= MAX_BIASED and all(abs(by) <= 1000 for _, by in self.logit_bias)
         require(few, f"logit_bias is {self.logit_bias!r:.50}: it must be 300 ids at most, values from -1000 to 1000")
-        few = self.best_of == 0 or self.best_of >= self.num_samples
-        require(few, f"best_of is {self.best_of}: it must be 0, or num_samples, {self.num_samples}, at the least")
         forms = sum(map(bool, (self.choice, self.regex, self.json_schema)))
         legal = not forms or (forms == 1 and not self.min_new_tokens)
         require(legal, "choice, regex, json_schema: there can be one of them, and no min_new_tokens beside it")
         require(len(self.stop) <= 16 and all(self.stop), f"stop is {self.stop!r:.50}: it must be 16 texts, none empty")
-
-    @property
-    def samples(self) -> int:
-        """How many are made."""
-        return self.best_of or self.num_samples
 
 
 class Rules(NamedTuple):
@@ -112,7 +104,7 @@ class Rules(NamedTuple):
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
             bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
             bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32),
-            logprobs=np.bool_(params.logprobs is not None or params.best_of > 0),
+            logprobs=np.bool_(params.logprobs is not None),
             prompt_logprobs=np.bool_(params.prompt_logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip

@@ -1,17 +1,15 @@
 """Chat templates: programs in Jinja's language that come with a model, so they run where they can do no harm.
 
-A sandbox alone bounds neither time nor memory: one expression such as `10 ** (10 ** 8)` heeds no signal. So each
-rendering is a process of its own (60 ms), which runs this file with limits that the kernel holds. It imports neither
-JAX nor jaxgpt, which need not be importable there."""
+A sandbox alone bounds neither time nor memory, so each rendering is a process of its own (60 ms) with limits that the
+kernel holds; that is why this file imports no JAX."""
 
-import contextlib
 import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
+
+from jaxgpt.errors import BadFileError, ConfigError
+from jaxgpt.limited import in_process, limit
 
 MAX_TEMPLATE, MAX_TEXT = 2**20, 4 * 2**20  # characters of a template (the longest have 2**15), of what it writes
 SECONDS, MEMORY = 2, 512 * 2**20  # of computing, since nothing in a template can wait; address space (Python: 30 MB)
@@ -22,7 +20,6 @@ def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "c
     {"role": ..., "content": ...}; `more` is what else the template sees, such as bos_token, of JSON's types; `where`
     names it in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time, memory or room,
     and ConfigError when it refuses the conversation, as one whose roles do not alternate."""
-    from jaxgpt.errors import BadFileError, ConfigError  # here, since the process below runs this file alone
 
     def bad(why: str) -> BadFileError:
         return BadFileError(f"{where}: {why}; restore it, or use generate.py")
@@ -30,29 +27,16 @@ def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "c
     if len(template) > MAX_TEMPLATE:
         raise bad(f"it has {len(template)} characters, more than {MAX_TEMPLATE}")
     context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **more}
-    request = json.dumps({"path": sys.path, "template": template, "context": context}).encode()
-    command = [sys.executable, "-I", "-S", __file__]
-    done = subprocess.run(command, input=request, capture_output=True)
-    if done.returncode == -signal.SIGXCPU:
-        raise bad(f"it computes for more than {SECONDS} s")
-    if done.returncode:
-        raise bad(f"it ended the process that ran it, with status {done.returncode}")
-    kind, text = json.loads(done.stdout)
+    try:
+        kind, text = in_process(_render_here, SECONDS, template=template, context=context)
+    except ValueError as error:
+        raise bad(str(error)) from None
     if kind == "text":
         return text
     why = "".join(character if character.isprintable() else " " for character in text)[:300]
     if kind == "refusal":
         raise ConfigError(f"{where}: it refuses this conversation: {why}; change the messages")
     raise bad(why)
-
-
-def _limit() -> None:
-    import resource
-
-    limits = (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY)
-    for name, limit in (*limits, (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 0)):
-        with contextlib.suppress(OSError, ValueError):  # macOS has no RLIMIT_AS
-            resource.setrlimit(name, (limit, limit + 1))  # at the hard limit of CPU time SIGKILL would hide SIGXCPU
 
 
 def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
@@ -79,7 +63,7 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
     jinja.from_string("{{ '1'|pprint|wordwrap(9) }}{{ lipsum(1) }}{{ strftime_now('%Z') }}").render()
     # What {% generation %} marks, what the model says, matters to training: here it is a block like any other.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    _limit()
+    limit(SECONDS, MEMORY)
     try:
         text = jinja.from_string(template).render(context)
         return ("text", text) if len(text) <= MAX_TEXT else ("error", f"it writes more than {MAX_TEXT} characters")
@@ -91,9 +75,3 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
         return "error", f"line {error.lineno}: {error.message}"
     except Exception as error:  # whatever a program can raise
         return "error", f"{type(error).__name__}: {str(error)[:1000]}"
-
-
-if __name__ == "__main__":
-    request = json.load(sys.stdin.buffer)
-    sys.path[:] = filter(None, request["path"])
-    json.dump(_render_here(request["template"], request["context"]), sys.stdout)

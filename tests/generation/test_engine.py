@@ -286,22 +286,6 @@ def test_log_probabilities_of_a_prompt_are_the_model_s(mesh_of: Callable[..., An
         np.testing.assert_allclose(list(told.values()), row[list(told)], atol=1e-3)
 
 
-def test_the_best_of_several_are_the_most_probable(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
-    params = SamplingParams(12, temperature=1.5, seed=5, num_samples=6, logprobs=0)
-    with mesh_of():
-        engine = Engine(make_model(tokenizer), tokenizer)
-        every = engine.generate(["def f("], params)
-        best = engine.generate(["x", "def f("], replace(params, num_samples=2, best_of=6, logprobs=None))
-        with pytest.raises(ConfigError, match="a stream has no logprobs, prompt_logprobs or best_of"):
-            engine.stream("x", replace(params, best_of=6, logprobs=None))
-    means = [np.mean(each.logprobs or []) for each in every]
-    expected = [every[i].text for i in np.argsort(means)[::-1][:2]]
-    assert len(best) == 4 and [each.text for each in best[2:]] == expected
-    assert {each.logprobs for each in best} == {None}
-    with pytest.raises(ConfigError, match="best_of is 2: it must be 0, or num_samples, 3, at the least"):
-        SamplingParams(num_samples=3, best_of=2)
-
-
 def test_stop_texts_end_a_completion_where_they_begin(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer)

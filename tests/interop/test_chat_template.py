@@ -1,6 +1,5 @@
 """Chat templates: the text that transformers makes of them, and one line for those that mean harm."""
 
-import ast
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.interop import chat_template
 from jaxgpt.interop.chat_template import render
 
-FILE = Path(chat_template.__file__)
+ROOT = Path(chat_template.__file__).parents[2]
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
 CONVERSATION = [
     {"role": "system", "content": " Be brief. "},
@@ -186,20 +185,14 @@ def test_a_process_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         make("x")
 
 
-def test_the_process_needs_only_the_standard_library_and_jinja() -> None:
-    """JAX would take a second to import, and jaxgpt need not be importable."""
-    tree = ast.parse(FILE.read_text("utf-8"))
-    for statement in tree.body:
-        if isinstance(statement, ast.ImportFrom):
-            assert statement.module in sys.stdlib_module_names or statement.module == "collections.abc"
-        if isinstance(statement, ast.Import):
-            assert all(name.name in sys.stdlib_module_names for name in statement.names)
-    request = {"path": sys.path, "template": "{{ a }}", "context": {"a": 1}}
-    command = [sys.executable, "-I", "-S", "-X", "importtime", str(FILE)]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, cwd="/")
+def test_the_process_imports_no_jax() -> None:
+    asked = {"path": [str(ROOT), *sys.path], "module": "jaxgpt.interop.chat_template", "name": "_render_here"}
+    asked["arguments"] = {"template": "{{ a }}", "context": {"a": 1}}
+    command = [sys.executable, "-I", "-S", "-X", "importtime", str(ROOT / "jaxgpt" / "limited.py")]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, cwd="/")
     assert json.loads(done.stdout) == ["text", "1"]
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert "jinja2" in loaded and not loaded & {"jax", "numpy", "jaxgpt", "transformers"}
+    assert "jinja2" in loaded and not loaded & {"jax", "numpy", "transformers"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +206,7 @@ def test_the_process_needs_only_the_standard_library_and_jinja() -> None:
 )
 def test_the_kernel_holds_what_a_sandbox_would_not(deed: str, error: str, tmp_path: Path) -> None:
     """Were Jinja's sandbox broken, the process could still not do this."""
-    limited = f"import os, socket, sys; sys.path.insert(0, {str(FILE.parent)!r}); import chat_template; "
-    limited += f"file = os.open({str(tmp_path / 'new')!r}, os.O_CREAT | os.O_WRONLY); chat_template._limit(); {deed}"
+    limited = f"import os, socket, sys; sys.path.insert(0, {str(ROOT)!r}); from jaxgpt.limited import limit; "
+    limited += f"file = os.open({str(tmp_path / 'new')!r}, os.O_CREAT | os.O_WRONLY); limit(2, 2**29); {deed}"
     done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1 and error in done.stderr
