@@ -18,9 +18,8 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxgpt.config import MeshConfig
+from jaxgpt.config import VOCAB_MULTIPLE, MeshConfig, ModelConfig
 from jaxgpt.errors import require
-from jaxgpt.model_config import VOCAB_MULTIPLE, ModelConfig
 
 PyTree = TypeVar("PyTree")
 

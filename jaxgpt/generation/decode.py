@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.generation.sampling import MAX_ALTERNATIVES, NO_RULES, Rules, choose
 from jaxgpt.model import Cache, Transformer, new_cache
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
 Recorded = tuple[Array, Array, Array]

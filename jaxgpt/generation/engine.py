@@ -165,8 +165,8 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        asked = params.logprobs is not None or params.prompt_logprobs is not None
-        require(not asked, "logprobs, prompt_logprobs: a stream has none; leave them out, or use Engine.generate")
+        none = params.logprobs is None and params.prompt_logprobs is None
+        require(none, "logprobs: a stream has none; leave it out, or use Engine.generate")
         waiting = self.requests(prompt, params)
         return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxgpt.config import Section
 from jaxgpt.errors import require
-from jaxgpt.model_config import Section
 
 Numbers = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
 MAX_ENDS, MAX_BIASED, MAX_ALTERNATIVES = 32, 300, 20

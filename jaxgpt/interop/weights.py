@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from jax import Array
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.errors import BadFileError, note
-from jaxgpt.interop.families import Family, Row
+from jaxgpt.interop.configs import Family, Row
 from jaxgpt.interop.stored import FLOATS, StoredTensor, aligned
 from jaxgpt.model import Transformer, axis_sizes, parameter_name
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import place_shapes
 
 

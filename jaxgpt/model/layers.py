@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention, causal_attention
 from jaxgpt.kernels.experts import mixture, route, router_losses
 from jaxgpt.model.rotary import Rotation, rotate
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import PARAMETER, out_sharding, shard
 
 LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p

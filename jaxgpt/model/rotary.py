@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxgpt.model_config import ModelConfig
+from jaxgpt.config import ModelConfig
 
 Rotation = tuple[Array, Array]  # cosines and sines [B, T, 1, rotary_dim / 2] of each position's turn
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.cross_entropy import output_logits
 from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, sinusoids, weight
 from jaxgpt.model.rotary import Rotation, rotations_of
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import out_sharding, shard
 
 Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, so that each is updated in place

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.bench import kernels, operations
-from jaxgpt.bench.kernels import absent_devices, contenders
-from jaxgpt.bench.operations import OPERATIONS, PRESETS, Operation, Sizes, parse_sizes
+from jaxgpt.bench.kernels import OPERATIONS, PRESETS, Operation, Sizes, absent_devices, contenders, parse_sizes
 from jaxgpt.bench.report import Row, measure
 from jaxgpt.errors import ConfigError
 

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import TokenizerConfig
-from jaxgpt.interop.configs import read_config, write_config
-from jaxgpt.interop.families import family_of
+from jaxgpt.config import ModelConfig, TokenizerConfig
+from jaxgpt.interop.configs import family_of, read_config, write_config
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.vocabulary import write_tokenizer
 from jaxgpt.interop.weights import stored_tensors
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.sharding import place_shapes
 from jaxgpt.tokenizer import Tokenizer, train_tokenizer
 

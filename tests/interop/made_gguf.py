@@ -9,11 +9,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from jaxgpt.interop.configs import read_config, write_config
-from jaxgpt.interop.families import Family
+from jaxgpt.config import ModelConfig
+from jaxgpt.interop.configs import Family, read_config, write_config
 from jaxgpt.interop.safetensors_dir import read_safetensors
 from jaxgpt.interop.weights import Layout
-from jaxgpt.model_config import ModelConfig
 from jaxgpt.tokenizer import SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.tokenizer.base import Kind
 

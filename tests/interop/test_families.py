@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.interop.configs import read_config, write_config
-from jaxgpt.interop.families import FAMILIES, family_of
+from jaxgpt.interop.configs import FAMILIES, family_of, read_config, write_config
 from jaxgpt.interop.load import load_weights
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.weights import stored_tensors

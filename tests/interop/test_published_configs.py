@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.interop.configs import canonical, read_config, read_gguf_config, write_config
-from jaxgpt.interop.families import FAMILIES
+from jaxgpt.interop.configs import FAMILIES, canonical, read_config, read_gguf_config, write_config
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.weights import Layout, check_tensors
 from jaxgpt.model import Transformer, parameter_count
-from jaxgpt.model_config import ModelConfig
 
 Json = dict[str, Any]
 

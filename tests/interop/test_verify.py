@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.interop.verify import verify
 from jaxgpt.kernels import attention
 from jaxgpt.model import Transformer, layers, transformer
-from jaxgpt.model_config import ModelConfig
 
 GEMMA_3 = dict(
     positions="rotary", norm="rmsnorm", norm_position="both", norm_plus_one=True, qk_norm="head", gated_mlp=True,

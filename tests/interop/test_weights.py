@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.interop import load as load_module
-from jaxgpt.interop.configs import canonical
-from jaxgpt.interop.families import FAMILIES, Family
+from jaxgpt.interop.configs import FAMILIES, Family, canonical
 from jaxgpt.interop.load import load_model, load_weights
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.weights import Layout, check_tensors

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.model import Transformer
 from jaxgpt.model.rotary import frequencies, rotary_kinds, rotate, rotations_of
-from jaxgpt.model_config import ModelConfig
 
 ORIGINAL = 512
 LLAMA3 = dict(

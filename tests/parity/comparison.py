@@ -23,14 +23,13 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.interop.families import family_of
+from jaxgpt.interop.configs import family_of
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.weights import Layout, load_parameters, stored_tensors
 from jaxgpt.kernels.cross_entropy import LossOptions
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import shard
-from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.step import TrainState, batch_loss, loss_options, make_train_step
+from jaxgpt.training.step import TrainState, batch_loss, loss_options, make_optimizer, make_train_step
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 MAX_GRADIENT_DIFFERENCE = 1e-3  # in each tensor, over its largest gradient

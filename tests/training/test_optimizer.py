@@ -13,8 +13,7 @@ from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.kernels.cross_entropy import LossOptions
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.training.optimizer import decays, learning_rate, make_optimizer
-from jaxgpt.training.step import batch_loss
+from jaxgpt.training.step import batch_loss, decays, learning_rate, make_optimizer
 
 RULES = ("adamw", "lion", "adafactor", "muon")
 L, D, H, K, F = 2, 12, 3, 5, 20

@@ -17,8 +17,15 @@ from jaxgpt.data.shards import TokenStream
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import place_batch, place_shapes
 from jaxgpt.training import step as step_module
-from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.step import TrainState, batch_loss, init_state, loss_options, make_eval_step, make_train_step
+from jaxgpt.training.step import (
+    TrainState,
+    batch_loss,
+    init_state,
+    loss_options,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+)
 
 B, T, V = 32, 16, 60
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8)]
