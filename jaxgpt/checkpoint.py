@@ -163,9 +163,8 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 def _newest_good(
     directory: Path, targets: dict[str, Any], *, only: int | None = None, set_aside: bool = False
 ) -> tuple[int, dict[str, Any], Any]:
-    """The newest step (or step `only`) that restores exactly, its trees and metadata; a line for each that does not.
-    Looks at the directory again after a failure: a trainer may meanwhile have deleted that step and saved another.
-    Raises BadFileError when there is none."""
+    """The newest step (or `only`) that restores exactly, its trees and metadata; a line for each that does not. Looks
+    again after a failure: a trainer may have deleted that step and saved another. Raises BadFileError without any."""
     bad: dict[int, str] = {}
     while steps := [step for step in _steps(directory) if step not in bad and only in (None, step)]:
         path = directory / str(steps[-1])

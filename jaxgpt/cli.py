@@ -1,8 +1,7 @@
 """The command line: every verb is a few lines over the library.
 
-A verb is a frozen dataclass: tyro reads its fields as options, and `run` does what its docstring says. A mistake ends
-in one line and status 2. What a verb needs is imported when it runs: Grain, Orbax and TensorBoard take 2 s, which
-`--help` should not."""
+A verb is a frozen dataclass: tyro reads its fields as options, and `run` does what its docstring says. What a verb
+needs is imported when it runs: Grain, Orbax and TensorBoard take 2 s, which `--help` should not."""
 
 import contextlib
 import io

@@ -34,8 +34,7 @@ class Section:
         cls.section = cls.__name__.removesuffix("Config").lower() + "." if cls.__name__.endswith("Config") else ""
 
     def __post_init__(self) -> None:
-        """Numbers are within bounds.toml, and Literal fields hold one of their words: elsewhere a misspelt
-        one would silently mean the last."""
+        """Numbers are within bounds.toml, Literal fields one of their words: a misspelt one would mean the last."""
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, choices = getattr(self, f.name), get_args(f.type)
             if get_origin(f.type) is Literal and value not in choices:

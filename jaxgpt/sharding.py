@@ -39,8 +39,7 @@ def shard(x: Array, axes: str) -> Array:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over all devices. Raises ConfigError when the sizes do not multiply to
-    the number of devices."""
+    """A mesh with axes data, fsdp and tensor over all devices. Raises ConfigError when the sizes do not fit them."""
     count = len(devices) if devices is not None else jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:

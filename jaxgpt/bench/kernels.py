@@ -1,7 +1,7 @@
 """Operations in every implementation that there is for the device: how exact, how fast, how far from the roofline.
 
 Figures are of the forward pass, or of both passes for all gradients; FLOPs what the mathematics needs, half of a causal
-square; bytes those of inputs and results, read or written once; the roofline is what a matrix product, and a read of the
+square; bytes those of inputs and results, read or written once; the roofline what a matrix product, and a read of the
 memory, reached on this device. An oracle is the plain formula, written apart from what it checks, in float64.
 Letters: `jaxgpt/sharding.py`, R = H / G, M experts of a token."""
 
@@ -268,8 +268,7 @@ def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "")
 
 
 def absent_devices(target: str) -> Sequence[jax.Device]:
-    """Devices to compile for, of a TPU topology such as v5e:2x2, or h100:N. Raises ConfigError where the compiler is
-    not installed or does not know it."""
+    """Those of v5e:2x2, h100:1 or the like. Raises ConfigError where the compiler is missing or does not know them."""
     kind, _, shape = target.partition(":")
     try:
         if kind == "h100":

@@ -36,8 +36,7 @@ SIZES = {  # of the comparison with PyTorch
 class Train(Output):
     """Time the training step: tokens a second, MFU, memory and time to compile."""
 
-    # Presets. S: 6 layers of width 384, 16 x 256 tokens, vocabulary 512. M: 4 layers of width 768, 4 x 512 tokens,
-    # vocabulary 50304.
+    # Presets. S: 6 layers of width 384, 16 x 256 tokens, 512 pieces. M: 4 of width 768, 4 x 512 tokens, 50304 pieces.
     configs: Positional[tuple[str, ...]] = ("S", "M")
     against: Literal["none", "torch"] = "none"  # Also time PyTorch, eager and compiled, in turn.
 

@@ -1,8 +1,7 @@
 """Token streams to batches: batch `step` is a pure function of the seed and the step.
 
-Row r of step s is draw s * batch_size + r. Grain says which window of which corpus that is, in any order: it mixes the
-corpora and shuffles each anew for every epoch, at about 10 us a row (more below 1,000 windows: 0.3 ms for 100). It also
-reads ahead in a background thread."""
+Row r of step s is draw s * batch_size + r. Grain says which window of which corpus that is: it mixes the corpora and
+shuffles each anew for every epoch, at 10 us a row (0.3 ms where there are 100 windows), and reads ahead in a thread."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -49,8 +48,7 @@ class Loader:
     def __init__(
         self, corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, sequence_length: int, seed: int
     ) -> None:
-        """weights: share of the rows from each corpus; without any, its share of the tokens. Raises ConfigError when a
-        corpus is shorter than one sequence."""
+        """weights: shares of the rows, or else those of the tokens. Raises ConfigError for less than one sequence."""
         self._batch_size, self._length = batch_size, sequence_length
         for corpus in corpora:
             if len(corpus.train) <= sequence_length:

@@ -109,8 +109,7 @@ class TextCorpus:
 
     @cached_property
     def survey(self) -> Survey:
-        """Read everything once. When the hashes leave nothing on one side (one book, a few files), the end of the
-        corpus is held out instead."""
+        """Read everything once. When the hashes leave a side empty (one book), the end of the corpus is held out."""
         problems, text_bytes = Problems(self.data.max_bad_documents), 0
         lengths = [0, 0]  # characters on each side
         for held_out, text in self._read(problems):

@@ -1,8 +1,7 @@
 """What a completion must look like, as an automaton over tokens: a table [N, V] of the state that each token leads to.
 
-outlines-core makes an automaton over bytes of a regular expression or a JSON schema; every token then walks through it
-from each state. That also happens in a limited process, so this file imports no JAX. Letters: N states, V
-vocabulary, Y bytes of a token."""
+outlines-core makes an automaton over bytes of an expression or a schema, in a limited process, so this file imports no
+JAX; every token then walks through it from each state. Letters: N states, V vocabulary, Y bytes of a token."""
 
 import functools
 from typing import Any
@@ -21,8 +20,8 @@ _MOST = 2**28  # entries of a table, two bytes each: 5461 states of 49152 tokens
 def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: tuple[int, ...]) -> np.ndarray:
     """Int16 [N, V]: the next state, -1 where a token may not come, for texts all of which `regex` matches, or that are
     JSON which `json_schema` allows. State 0 is the first. `tokens` are the bytes of each id, none for one that may not
-    come; one of `ends` may come where the text is complete. Raises ConfigError for what is wrong, too large, or leaves
-    no text."""
+    come; one of `ends` may come behind a complete text. Raises ConfigError for what is wrong, too large, or impossible.
+    """
     what = f"json_schema {json_schema!r:.100}" if json_schema else f"regex {regex!r:.100}"
     try:
         found = in_process(_byte_automaton, _SECONDS, regex=regex, json_schema=json_schema)

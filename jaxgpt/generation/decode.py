@@ -3,10 +3,9 @@
 All that changes is one pytree, `Slots`. `admit` puts requests into free slots, `prefill` runs a chunk of their prompts
 through the model to fill the cache, and `decode` feeds the newest token of every slot through the model, which writes
 its keys and values in place, and appends what `choose` takes: many steps in one `while_loop` on the device. What a slot
-computes depends on its own request alone. Prefill leaves out the last token of a prompt: decoding begins with it, so
-there is one place where a token is chosen.
-Letters: B slots, Q parts that the mesh cuts them into, C tokens of a chunk, S places of the cache and of the text,
-G guesses, T = 1 + G, N alternatives."""
+computes depends on its own request alone. Decoding begins with the last token of a prompt, so tokens are chosen there
+alone. Letters: B slots, Q parts that the mesh cuts them into, C tokens of a chunk, S places of the cache and of the
+text, G guesses, T = 1 + G, N alternatives, or states of automata."""
 
 import functools
 from typing import Any, NamedTuple

@@ -38,8 +38,7 @@ class Completion:
 
     text: str
     token_ids: list[int]
-    # stop: the model or a stop text ended it; length: `max_new_tokens` or the context is used up; error: the logits
-    # were not finite.
+    # stop: the model or a stop text ended it; length: `max_new_tokens` or the context did; error: logits not finite
     finish_reason: Literal["stop", "length", "error"]
     prompt_tokens: int
     logprobs: list[float] | None = None  # log-probability of each token, where the request asked for it
@@ -177,8 +176,7 @@ class Engine:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
-        """One request for each sample of a prompt. Raises ConfigError for a prompt that leaves no room in the context,
-        or an id or top_k outside the vocabulary."""
+        """One for each sample of a prompt. Raises ConfigError, naming it, for what this model cannot take."""
         ids, context = self._ids(prompt), self._model.config.context_length
         vocabulary = self._model.config.vocab_size or 0
         if not ids:

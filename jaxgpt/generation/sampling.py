@@ -114,9 +114,8 @@ NO_RULES = Rules.of(SamplingParams(temperature=0), 0, 1, (), 0)  # of a slot wit
 
 
 def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
-    """The next token of each slot, int32 [B]: edit the scores, then greedy, or temperature, filters and a draw. The
-    order is that of transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p. Of
-    equal scores greedy takes the lowest id."""
+    """The next token of each slot, int32 [B]: greedy (of equal scores the lowest id), or a draw. The order is that of
+    transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p."""
     scores_BV = _edit(logits_BV, rules, tokens_BS, lengths_B)
     greedy_B = scores_BV.argmax(-1).astype(jnp.int32)
 

@@ -79,9 +79,8 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The settings of a file, as plain values and lists, and its tensors, whose shapes are in row-major order and which
-    are read when they are asked for. Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile,
-    or not implemented."""
+    """The settings of a file, as plain values and lists, and its tensors, in row-major order, read when they are asked
+    for. Raises BadFileError, naming the key or tensor, for whatever is damaged, hostile, or not implemented."""
     with open(path, "rb") as file:
         header, size = file.read(_MAX_HEADER), os.fstat(file.fileno()).st_size
     if header[:4] != b"GGUF":

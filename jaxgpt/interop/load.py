@@ -28,8 +28,7 @@ def load_model(
     """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`. Parameters
     are ready for decoding: each layer has arrays of its own, matrices in the compute dtype. `for_training` stacks the
     layers and keeps float32. `dtype` is that of the arithmetic; a foreign model has float32 by default. Raises
-    BadFileError for a file that is damaged, hostile, or holds what is not implemented, ConfigError where the mesh
-    cannot cut the model."""
+    BadFileError for files that are damaged, hostile or not implemented, ConfigError where the mesh does not fit."""
     config = path / "config.json"
     if not path.is_file() and not config.exists():
         kinds = "a run directory of train.py, a Hugging Face model's directory, or a .gguf file"

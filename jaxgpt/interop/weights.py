@@ -1,8 +1,7 @@
 """Parameters out of stored tensors, and back into safetensors, as the rows of a family declare.
 
 Every name and shape is compared with the configuration before anything is read. A parameter is read when its turn comes
-and goes to its devices in parts, so the host holds one at a time and no device holds a whole that is cut over several.
-"""
+and goes to its devices in parts: the host holds one at a time, and no device a whole that is cut over several."""
 
 import itertools
 import math
@@ -47,8 +46,7 @@ class Layout:
 
     @cached_property
     def tensors(self) -> dict[str, list[Place]]:
-        """Stored name, with `{}` for the layer and `{e}` for the expert -> the parameters in it, one behind the other
-        along the axis that is not D."""
+        """Stored name ({} layer, {e} expert) -> the parameters in it, one behind the other along what is not D."""
         model = jax.eval_shape(lambda: Transformer(self.config, jax.random.key(0)))
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(model)]
         there = {parameter_name(path).removeprefix("layers.") for path in paths}

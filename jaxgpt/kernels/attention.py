@@ -25,9 +25,8 @@ def attention_mask(
 def attention(
     q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, softcap: float | None, scale: float | None
 ) -> Array:
-    """Scaled dot-product attention with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245). Scores and
-    softmax are float32. `scale` multiplies scores, 1 / sqrt(K) where it is None; `softcap` c then replaces them by c *
-    tanh(scores / c). Returns [B, T, H, K]."""
+    """Attention [B, T, H, K] with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245), in float32 up to the
+    weights. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then makes them c * tanh(scores / c)."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K, out_sharding=out_sharding("BTGRK"))  # JAX would cut R when G is 1

@@ -1,8 +1,7 @@
 """Rotary positions (arXiv:2104.09864): each pair of a head's dimensions turns by position times its frequency.
 
 Layers may differ: a base for those with a window (Gemma 3), none at all (SmolLM3). Each distinct table of frequencies
-is a kind; a layer that does not rotate has frequencies of zero, so that one compiled layer serves all in a scan.
-Letters: `jaxgpt/sharding.py`."""
+is a kind; where nothing rotates they are zero, so that one compiled layer serves all. Letters: `jaxgpt/sharding.py`."""
 
 import math
 

@@ -22,8 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # looked for in this or
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """A .model file, a tokenizer.json, or a directory with one of them. Raises BadFileError when it is missing or no
-    usable model."""
+    """A .model file, a tokenizer.json, or a directory with one of them. Raises BadFileError where there is none."""
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).exists()), path / "tokenizer.model")

@@ -81,8 +81,7 @@ class Tokenizer(ABC):
         return [self.encode(t) if SPACE in t and self._spelt else ids for t, ids in zip(texts, found, strict=True)]
 
     def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
-        """The bytes of `ids`, which may go on a text; special tokens are written out only when asked. Raises
-        ConfigError for an unknown id."""
+        """The bytes of `ids`; special tokens are written out if `special`. Raises ConfigError for an unknown id."""
         parts = []
         for token in ids:
             if not 0 <= token < self.vocab_size:

@@ -87,8 +87,7 @@ CUTTINGS: dict[str, Settings] = tomllib.loads(Path(__file__).with_name("cuttings
 
 
 def tokenizer_json(pieces: list[str], kinds: list[int], bos: int | None, model: Settings, **parts: Any) -> bytes:
-    """A tokenizer.json that begins each text with `bos`. Its added tokens are the pieces that `kinds` says are special
-    or user-defined."""
+    """A tokenizer.json that begins texts with `bos`; pieces that are special or user-defined are its added tokens."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": token, "content": piece, "special": kind != Kind.USER_DEFINED, **flags}

@@ -1,8 +1,7 @@
 """The training loop: it dispatches steps, reports the one before, evaluates, saves, and stops when it is asked to.
 
 What is computed is a pure function of the configuration and the data; the loop owns what is around it: files, signals,
-the terminal. Before a save all records up to that step are written, so that a run which is killed and resumed has the
-same records as one that never stopped."""
+the terminal. Records are durable before the save of their step, so a killed and resumed run has the same ones."""
 
 import math
 import os

@@ -110,8 +110,7 @@ class TrainState:
 
 
 def init_state(config: TrainConfig, model: Transformer | None = None) -> TrainState:
-    """The state before step 0, of a model that is given, or else a pure function of the seed. Jit it, so that
-    parameters are born sharded."""
+    """The state before step 0, of a given model or else of the seed. Jit it, so that parameters are born sharded."""
     model = model or Transformer(config.model, jax.random.key(config.training.seed))
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(model)
     raw_model = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else None
