@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.errors import ConfigError
+from jaxgpt.errors import ConfigError, require
 from jaxgpt.limited import in_process, limit
 
 _SECONDS, _MEMORY = 10, 2**31  # for making the automaton over bytes
@@ -63,8 +63,7 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
     table_NV[final[:, None], list(ends)] = final[:, None]
     while (leads_NV := np.append((table_NV == count).all(1), False)[table_NV]).any():  # to where no token can follow
         table_NV[leads_NV] = count
-    if (table_NV[0] == count).all():
-        raise ConfigError(f"{what}: no text of this model's tokens is like that; change it")
+    require(bool((table_NV[0] != count).any()), f"{what}: no text of this model's tokens is like that; change it")
     table_NV[table_NV == count] = -1
     return table_NV
 

@@ -102,10 +102,11 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
         whole = written(_by_part(old, parts), chosen_Q, new)
         return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
 
-    places_QC = starts_Q[:, None] + jnp.arange(chunk)[None]
+    places_QC = starts_Q[:, None] + jnp.arange(chunk + 1)[None]
+    read_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
+    tokens_QC, labels_QC, places_QC = read_QC[:, :-1], read_QC[:, 1:], places_QC[:, :-1]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
     positions_QC = jnp.where(missing, S, places_QC)  # which is not written
-    tokens_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
     shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
     known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
@@ -113,7 +114,6 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
     x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
 
     def record(old: Recorded) -> Recorded:
-        labels_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC + 1)
         new = jax.vmap(jax.vmap(functools.partial(_record, count=old[1].shape[-1])))(model.logits(x_QCD), labels_QC)
         write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
         return jax.tree.map(lambda x, values: put(x, write(take(x, chosen_Q), positions_QC, values)), old, new)

@@ -111,22 +111,20 @@ class _Forms:
     """The automata that the texts in the slots follow, one behind the other on the device."""
 
     def __init__(self, vocabulary: int) -> None:
-        self._begins: dict[int, tuple[int, np.ndarray]] = {}  # by identity
+        self._begins: dict[int, int] = {}  # of each by its identity
         self.next_NV = _put(np.zeros((1, vocabulary), np.int16), "__")
 
     def of(self, texts: dict[int, _Text], slots: int) -> Forms:
         forms = {slot: form for slot, text in texts.items() if (form := text.request.form) is not None}
         if any(id(form) not in self._begins for form in forms.values()):
-            self._begins, used = {}, 1
-            for form in forms.values():
-                if id(form) not in self._begins:
-                    self._begins[id(form)], used = (used, form), used + len(form)
+            self._held = list({id(form): form for form in forms.values()}.values())
+            *begins, used = np.cumsum([1, *map(len, self._held)]).tolist()
+            self._begins = {id(form): begin for form, begin in zip(self._held, begins, strict=True)}
             rows = 2 ** math.ceil(math.log2(used))  # few sizes, each of which is compiled for
             table_NV = np.zeros((rows, self.next_NV.shape[1]), np.int16)
-            for begin, form in self._begins.values():
-                table_NV[begin : begin + len(form)] = form
+            table_NV[1:used] = np.concatenate(self._held)
             self.next_NV = _put(table_NV, "__")
-        begins = [self._begins[id(forms[slot])][0] if slot in forms else 0 for slot in range(slots)]
+        begins = [self._begins[id(forms[slot])] if slot in forms else 0 for slot in range(slots)]
         return self.next_NV, _put(np.array(begins, np.int32), "B")
 
 
@@ -179,8 +177,7 @@ class Engine:
         """One for each sample of a prompt. Raises ConfigError, naming it, for what this model cannot take."""
         ids, context = self._ids(prompt), self._model.config.context_length
         vocabulary = self._model.config.vocab_size or 0
-        if not ids:
-            raise ConfigError("the prompt is empty, and this model has no token that begins a text; give it some text")
+        require(bool(ids), "the prompt is empty, and this model has no token that begins a text; give it some text")
         named = {"prompt": ids, "logit_bias": dict(params.logit_bias), "stop_token_ids": params.stop_token_ids}
         for name, mentioned in named.items():
             if strange := [token for token in mentioned if not 0 <= token < vocabulary]:
@@ -196,9 +193,8 @@ class Engine:
         require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
         ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
         require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
-        regex, form = "|".join(map(re.escape, params.choice)) or params.regex, None
-        if regex or params.json_schema:
-            form = token_table(regex, params.json_schema, self._spelt, ends)
+        regex, schema = "|".join(map(re.escape, params.choice)) or params.regex, params.json_schema
+        form = token_table(regex, schema, self._spelt, ends) if regex or schema else None
         return [Request(ids, params, ends, form, sample, tag) for sample in range(params.num_samples)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from jaxgpt.config import validated
-from jaxgpt.errors import ConfigError, nearest
+from jaxgpt.errors import ConfigError, nearest, require
 from jaxgpt.generation.engine import Completion
 from jaxgpt.generation.sampling import SamplingParams
 
@@ -34,8 +34,7 @@ class LineParams(SamplingParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = [name for name in _PROMPTS if getattr(self, name) is not None]
-        if len(kinds) != 1:
-            raise ConfigError(f"a line needs one of {', '.join(_PROMPTS)}, and has {', '.join(kinds) or 'none'}")
+        require(len(kinds) == 1, f"a line needs one of {', '.join(_PROMPTS)}, and has {', '.join(kinds) or 'none'}")
 
 
 class Line(NamedTuple):
@@ -54,8 +53,7 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the line is not valid {'UTF-8' if is_text else 'JSON'}: {error}") from None
     value = {"prompt": value} if isinstance(value, str) else value
-    if not isinstance(value, dict):
-        raise ConfigError("the line is neither a JSON string nor an object")
+    require(isinstance(value, dict), "the line is neither a JSON string nor an object")
     name = value.pop("custom_id") if (is_openai := "custom_id" in value) else value.pop("id", number)
     given, url = _openai_body(value) if is_openai else (value, None)
     fields = {_OTHER_NAMES.get(key, key): each for key, each in given.items()}
@@ -83,8 +81,7 @@ def _openai_body(value: Json) -> tuple[Json, str]:
     if "messages" in body and isinstance(body.get("logprobs"), bool):  # where it only says whether
         body["logprobs"] = body.get("top_logprobs", 0) if body["logprobs"] else None
         body.pop("top_logprobs", None)
-    if ("messages" in body) != (url == "/v1/chat/completions"):
-        raise ConfigError(f"{url} takes {'messages' if 'chat' in url else 'a prompt'}")
+    require(("messages" in body) == ("chat" in url), f"{url} takes {'messages' if 'chat' in url else 'a prompt'}")
     return body, url
 
 

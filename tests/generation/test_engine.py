@@ -273,8 +273,8 @@ def test_log_probabilities_of_a_prompt_are_the_model_s(mesh_of: Callable[..., An
         settings = [plain, replace(plain, prompt_logprobs=2), replace(plain, prompt_logprobs=0, logprobs=1)]
         found = engine.generate([ids, ids, ids[:1]], settings)
         (again,) = engine.generate([ids], settings[1])
-        logits = jax.jit(lambda t: model.logits(model(t)[0])[0])(shard(jnp.array([ids, ids]), "BT"))
-    expected = np.asarray(jax.nn.log_softmax(logits))
+        logits = jax.jit(lambda t: model.logits(model(t)[0]))(shard(jnp.array([ids, ids]), "BT"))
+    expected = np.asarray(jax.nn.log_softmax(np.asarray(logits)[0]))
     assert found[0].prompt_logprobs is None and found[1].logprobs is None
     assert found[2].prompt_logprobs == [None] and found[2].logprobs is not None
     assert again.prompt_logprobs == found[1].prompt_logprobs is not None and again.token_ids == found[0].token_ids
