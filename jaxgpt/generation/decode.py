@@ -19,7 +19,6 @@ from jaxgpt.generation.sampling import MAX_ALTERNATIVES, NO_RULES, Rules, choose
 from jaxgpt.model import Cache, Transformer, new_cache
 from jaxgpt.sharding import out_sharding, shard
 
-Recorded = tuple[Array, Array, Array]
 # For each state of all automata [N, V] that of the same automaton which a token leads to, or -1 where the token may not
 # come; and the first state of the one that each text follows [B]. State 0 is an automaton of its own, and allows all.
 Forms = tuple[Array, Array]
@@ -32,7 +31,7 @@ class Slots(NamedTuple):
     tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
     # Where a slot's rules record them: log-probabilities [B, S] of its tokens; ids of the most probable ones at each
     # place [B, S, N], and their log-probabilities.
-    recorded: Recorded
+    recorded: tuple[Array, Array, Array]
     lengths_B: Array  # tokens of each slot so far
     states_B: Array  # of the automaton that each text follows
     done_B: Array  # True once a text is complete, and in a free slot
@@ -102,32 +101,16 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
         whole = written(_by_part(old, parts), chosen_Q, new)
         return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
 
-    places_QC = starts_Q[:, None] + jnp.arange(chunk + 1)[None]
-    read_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
-    tokens_QC, labels_QC, places_QC = read_QC[:, :-1], read_QC[:, 1:], places_QC[:, :-1]
+    places_QC = starts_Q[:, None] + jnp.arange(chunk)[None]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
     positions_QC = jnp.where(missing, S, places_QC)  # which is not written
+    tokens_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
     shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
     known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
     tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
-    x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
-
-    def record(old: Recorded) -> Recorded:
-        new = jax.vmap(jax.vmap(functools.partial(_record, count=old[1].shape[-1])))(model.logits(x_QCD), labels_QC)
-        write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
-        return jax.tree.map(lambda x, values: put(x, write(take(x, chosen_Q), positions_QC, values)), old, new)
-
-    wanted = take(slots.rules.prompt_logprobs, chosen_Q).any()
-    recorded = jax.lax.cond(wanted, record, lambda old: old, slots.recorded)
-    return slots._replace(cache=jax.tree.map(put, slots.cache, cache), recorded=recorded)
-
-
-def _record(logits_V: Array, token: Array, count: int) -> Recorded:
-    """The log-probability of a token, and the `count` most probable ones with theirs."""
-    log_p_V = jax.nn.log_softmax(logits_V)
-    top_N, ids_N = jax.lax.top_k(log_p_V, count)
-    return log_p_V[token], ids_N, top_N
+    _, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
+    return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
 
 
 def _by_part(x: Array, parts: int) -> Array:
@@ -203,9 +186,11 @@ def _append(forms: Forms, carry: tuple[Slots, Array], inputs: tuple[Array, Array
     def write(x: Array, new: Array) -> Array:
         return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
 
-    def record(old: Recorded) -> Recorded:
-        new = jax.vmap(functools.partial(_record, count=old[1].shape[-1]))(logits_BV, token_B)
-        return tuple(map(write, old, new))  # type: ignore[return-value]
+    def record(old: tuple) -> tuple:
+        log_p_BV = jax.nn.log_softmax(logits_BV)
+        chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)
+        top_BN, ids_BN = jax.lax.top_k(log_p_BV, old[1].shape[-1])
+        return tuple(map(write, old, (chosen_B, ids_BN, top_BN)))
 
     recorded = jax.lax.cond((live_B & rules.logprobs).any(), record, lambda old: old, recorded)
     lengths_B = slots.lengths_B + live_B
@@ -213,7 +198,6 @@ def _append(forms: Forms, carry: tuple[Slots, Array], inputs: tuple[Array, Array
     done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
     slots = slots._replace(
         tokens_BS=write(slots.tokens_BS, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
-        states_B=jnp.where(live_B, next_B, slots.states_B),
-        failed_B=slots.failed_B | failed_B,
+        states_B=jnp.where(live_B, next_B, slots.states_B), failed_B=slots.failed_B | failed_B,
     )  # fmt: skip
     return slots, live_B & ~done_B & (token_B == expected_B)

@@ -263,29 +263,6 @@ def test_log_probabilities_are_the_model_s(mesh_of: Callable[..., Any], tokenize
         np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][:3], atol=1e-3)
 
 
-def test_log_probabilities_of_a_prompt_are_the_model_s(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
-    """Over several chunks, beside a prompt that wants none, also where another has left its keys and values."""
-    ids = np.random.default_rng(2).integers(4, tokenizer.vocab_size, 150).tolist()
-    with mesh_of(data=2):
-        model = make_model(tokenizer, context_length=192, **MODERN)
-        engine = Engine(model, tokenizer)
-        plain = replace(GREEDY, max_new_tokens=3)
-        settings = [plain, replace(plain, prompt_logprobs=2), replace(plain, prompt_logprobs=0, logprobs=1)]
-        found = engine.generate([ids, ids, ids[:1]], settings)
-        (again,) = engine.generate([ids], settings[1])
-        logits = jax.jit(lambda t: model.logits(model(t)[0]))(shard(jnp.array([ids, ids]), "BT"))
-    expected = np.asarray(jax.nn.log_softmax(np.asarray(logits)[0]))
-    assert found[0].prompt_logprobs is None and found[1].logprobs is None
-    assert found[2].prompt_logprobs == [None] and found[2].logprobs is not None
-    assert again.prompt_logprobs == found[1].prompt_logprobs is not None and again.token_ids == found[0].token_ids
-    first, *others = found[1].prompt_logprobs
-    assert first is None and len(others) == 149
-    for row, token, told in zip(expected, ids[1:], others, strict=False):
-        assert told is not None and next(iter(told)) == token
-        assert told.keys() == {token, *np.argsort(-row)[:2].tolist()}
-        np.testing.assert_allclose(list(told.values()), row[list(told)], atol=1e-3)
-
-
 def test_stop_texts_end_a_completion_where_they_begin(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer)
