@@ -322,8 +322,7 @@ def to_json(config: TrainConfig) -> str:
 
 
 def validated(kind: type, value: Any, where: str) -> Any:
-    """`value`, of JSON's types, as an instance of a dataclass. Raises ConfigError, naming the field, for one that is
-    unknown or of another type, and what the dataclass raises."""
+    """`value`, of JSON's types, as a dataclass. Raises ConfigError, naming the field, and what the dataclass raises."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

@@ -126,8 +126,7 @@ def _shakespeare(directory: Path) -> Path:
 
 
 def read_documents(sources: Iterable[Source], config: DataConfig, problems: Problems) -> Iterator[str]:
-    """The text of every document of every source, in order. Raises BadFileError, naming file and line, for more
-    than `problems.most_bad` documents that cannot be used."""
+    """The text of every document, in order. Raises BadFileError for more than `problems.most_bad` unusable ones."""
     for source in sources:
         if source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
             yield from _of_rows(source, config.text_key, problems)

@@ -192,8 +192,7 @@ def _read_windows(hf: Json, family: Family, config: ModelConfig) -> tuple[int, .
 
 
 def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Json]:
-    """The family `preferred`, or the first that can hold this model, and its config.json. Raises ConfigError, naming
-    what differs from the nearest, when there is none."""
+    """The family `preferred`, or the first that can hold this model, and its config.json. ConfigError if none can."""
     config = canonical(config)
     differs: dict[str, list[str]] = {}
     for family in sorted(FAMILIES, key=lambda family: family.model_type != preferred):

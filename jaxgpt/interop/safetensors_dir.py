@@ -27,8 +27,7 @@ _MAX_HEADER, _MAX_DIMS = 2**24, 8
 
 
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory, read when it is asked for. Raises BadFileError for a damaged or hostile file, an
-    index that does not agree with its files, or pickle files."""
+    """Every tensor of a directory, read when it is asked for. Raises BadFileError for what is damaged or hostile."""
     if not (directory / _INDEX).exists():
         return _read_file(directory / _ONE)
     index = read_json(directory / _INDEX, limit=_MAX_HEADER).get("weight_map")

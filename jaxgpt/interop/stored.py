@@ -15,8 +15,7 @@ MAX_TENSORS = 100_000  # in a model's files: Qwen3-235B has 37,000, and each tak
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """`read()` reads an array of `shape` in row-major order: float32 or float16 or bfloat16 as stored, float32 for
-    quantised data and for what is to be written."""
+    """`read()` gives `shape` in row-major order, F32, F16 and BF16 as stored, all else and what is written float32."""
 
     shape: tuple[int, ...]
     kind: str  # the type in the file: F32, F16, BF16, Q4_K ...

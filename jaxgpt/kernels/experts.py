@@ -16,8 +16,7 @@ Activation = Callable[[Array], Array]
 
 
 def route(logits_BTE: Array, count: int, normalize: bool) -> tuple[Array, Array]:
-    """Weights, float32, and numbers of the `count` most probable experts, [B, T, M] each; of equals the lowest first.
-    With `normalize` a token's weights add up to 1."""
+    """Weights (that add up to 1, if `normalize`) and numbers of the `count` most probable experts, [B, T, M] each."""
     weights_BTM, experts_BTM = jax.lax.top_k(jax.nn.softmax(logits_BTE.astype(jnp.float32)), count)
     if normalize:
         weights_BTM /= weights_BTM.sum(-1, keepdims=True)

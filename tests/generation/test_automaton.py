@@ -15,8 +15,8 @@ from test_engine import PROMPTS, make_model, tokenizer  # noqa: F401  (a fixture
 
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.automaton import token_table
+from jaxgpt.generation.batch import parse_line
 from jaxgpt.generation.engine import Engine
-from jaxgpt.generation.requests import parse_line
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.limited import in_process
 from jaxgpt.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ import pytest
 
 from jaxgpt.errors import ConfigError, StorageError
 from jaxgpt.generation import batch
-from jaxgpt.generation.requests import LineParams, parse_line
+from jaxgpt.generation.batch import LineParams, parse_line
 from jaxgpt.generation.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(max_new_tokens=9, temperature=0.8)
