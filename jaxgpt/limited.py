@@ -3,7 +3,6 @@
 Neither `10 ** (10 ** 8)` in a chat template nor `((a{1000}){1000}){1000}` as a regular expression heeds a signal."""
 
 import contextlib
-import importlib
 import json
 import signal
 import subprocess
@@ -17,9 +16,13 @@ def in_process(function: Callable[..., Any], seconds: int, **arguments: Any) -> 
     """What a function of a module that imports no JAX (60 ms) returns; arguments and result are JSON's. It calls
     `limit(seconds, ...)` itself, when it has all that it needs. Raises ValueError, saying why, when there is no end."""
     path = [str(Path(__file__).parents[1]), *filter(None, sys.path)]  # also where this package is not installed
-    request = {"path": path, "module": function.__module__, "name": function.__name__, "arguments": arguments}
-    command = [sys.executable, "-I", "-S", __file__]
-    done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
+    program = (
+        "import json, sys; asked = json.load(sys.stdin); sys.path[:] = asked['path']; "
+        f"from {function.__module__} import {function.__name__} as function; "
+        "json.dump(function(**asked['arguments']), sys.stdout)"
+    )
+    request = json.dumps({"path": path, "arguments": arguments}).encode()
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], input=request, capture_output=True)
     if done.returncode == -signal.SIGXCPU:
         raise ValueError(f"it computes for more than {seconds} s")
     if done.returncode:
@@ -36,10 +39,3 @@ def limit(seconds: int, memory: int) -> None:
     for name, most in (*limits, (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 0)):
         with contextlib.suppress(OSError, ValueError):  # macOS has no RLIMIT_AS
             resource.setrlimit(name, (most, most + 1))  # at the hard limit of CPU time SIGKILL would hide SIGXCPU
-
-
-if __name__ == "__main__":
-    asked = json.load(sys.stdin.buffer)
-    sys.path[:] = asked["path"]
-    answer = getattr(importlib.import_module(asked["module"]), asked["name"])(**asked["arguments"])
-    json.dump(answer, sys.stdout)

@@ -1,10 +1,10 @@
 """A batch job: lines in, lines out, in their order, whatever happens in between.
 
-A line is a JSON string, an object with a prompt and any sampling field, or a line of OpenAI's batch format, whose answer
-has that format too. What is wrong with a line is an error of that line alone.
-The output grows in `OUTPUT.part`, a whole line at a time, and gets its name when it is complete; `OUTPUT.job` says
-which job it is of. After a kill the same command cuts off a torn last line, and goes on with the first line that has no
-answer. What was computed but not written is computed again, to the same tokens: they depend on the request alone."""
+A line is a JSON string, an object with a prompt and settings, or a line of OpenAI's batch format, which gets an answer
+in that format. What is wrong with a line is an error of that line alone. The output grows in `OUTPUT.part`, a whole
+line at a time, and gets its name when it is complete; `OUTPUT.job` says which job it is of. After a kill the same
+command cuts off a torn last line, and goes on with the first line that has no answer. What was computed but not written
+is computed again, to the same tokens: they depend on the request alone."""
 
 import contextlib
 import hashlib

@@ -84,7 +84,7 @@ def _families(table: dict[str, Any]) -> tuple[Family, ...]:
     return tuple(found)
 
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_TABLE = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
 FAMILIES = _families(_TABLE)
 WORDS: dict[str, dict[str, str]] = _TABLE["words"]
 SCALING: dict[str, list[str]] = _TABLE["scaling"]  # kind -> the fields of ModelConfig that it uses
