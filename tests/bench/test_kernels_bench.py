@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.bench import kernels, operations
+from jaxgpt.bench import kernels
 from jaxgpt.bench.kernels import OPERATIONS, PRESETS, Operation, Sizes, absent_devices, contenders, parse_sizes
 from jaxgpt.bench.report import Row, measure
 from jaxgpt.errors import ConfigError
@@ -46,7 +46,7 @@ def test_a_wrong_implementation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         wrong = {"shifted": lambda x, norm: norm(x) + 1e-3, "stopped": lambda x, norm: norm(jax.lax.stop_gradient(x))}
         return operation._replace(implementations=wrong)
 
-    monkeypatch.setitem(operations.OPERATIONS, "broken", broken)
+    monkeypatch.setitem(kernels.OPERATIONS, "broken", broken)
     shifted, stopped, shifted_gradient, stopped_gradient = rows_of("broken")
     assert shifted["error"] > 1e-4 > stopped["error"]
     assert shifted_gradient["error"] < 1e-4 < stopped_gradient["error"]
