@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, load_preset
 from jaxgpt.data.loader import Batch
-from jaxgpt.generation.decode import Slots, decode, empty_slots, prefill
+from jaxgpt.generation.decode import Forms, Slots, decode, empty_slots, prefill
 from jaxgpt.generation.engine import CHUNK, STEPS_PER_DISPATCH
 from jaxgpt.model import Transformer
 from jaxgpt.run import with_vocabulary
@@ -78,6 +78,12 @@ def abstract_batch(config: TrainConfig) -> Batch:
 def abstract_slots(config: ModelConfig) -> Slots:
     """ROWS texts of up to the context's length."""
     return abstract(lambda: empty_slots(config, ROWS, config.context_length))
+
+
+def abstract_forms(config: ModelConfig) -> Forms:
+    """A table of 300 states, and where each text's automaton begins in it."""
+    begins = lambda: shard(jnp.zeros(ROWS, jnp.int32), "B")  # noqa: E731
+    return abstract(lambda: (jnp.zeros((300, config.vocab_size or 0), jnp.int16), begins()))
 
 
 def abstract_chosen() -> tuple[jax.Array, ...]:
@@ -171,9 +177,9 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
         model = abstract(lambda: Transformer(config, jax.random.key(0)).unstacked())
         slots = abstract_slots(config)
         filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, *abstract_chosen(), CHUNK))
-        stopped, enough = slots.done_B, abstract(lambda: jnp.int32(0))
+        forms, stopped, enough = abstract_forms(config), slots.done_B, abstract(lambda: jnp.int32(0))
         program = compile_and_note(
-            preset, mesh, "decode", decode.lower(model, slots, stopped, enough, STEPS_PER_DISPATCH)
+            preset, mesh, "decode", decode.lower(model, slots, forms, stopped, enough, STEPS_PER_DISPATCH)
         )
     assert chip_bytes(slots.cache) == whole_bytes(slots.cache) / 4, "cut by rows, or by rows and heads"
     assert_stored(program, model, slots)
