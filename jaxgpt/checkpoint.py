@@ -258,10 +258,9 @@ class Checkpoints(contextlib.ExitStack):
 
     def restore(self, abstract_model: Any, abstract_rest: Any) -> tuple[int, Any, Any, Any] | None:
         """Step, model, rest and metadata of the newest intact step; None when nothing was ever saved. The targets are
-        pytrees with shapes, dtypes and shardings (`jax.eval_shape`) and land on the current mesh, whose shape may
-        differ from that of the run that saved. Damaged newer steps are renamed to `N.corrupt`, with a line. Raises
-        ConfigError when a leaf differs in name, shape or dtype, BadFileError when there are steps but none is intact:
-        then none is renamed, so that one can be repaired."""
+        as those of `restore_model` and land on the current mesh, which may be another than that of the saved run.
+        Damaged newer steps are renamed to `N.corrupt`, with a line. Raises ConfigError when a leaf differs in name,
+        shape or dtype, BadFileError when no step is intact: then none is renamed, so that one can be repaired."""
         if not self.steps():
             return None
         targets = {"model": abstract_model, "rest": abstract_rest}

@@ -4,6 +4,7 @@ Neither `10 ** (10 ** 8)` in a chat template nor `((a{1000}){1000}){1000}` as a 
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,13 +17,12 @@ def in_process(function: Callable[..., Any], seconds: int, **arguments: Any) -> 
     """What a function of a module that imports no JAX (60 ms) returns; arguments and result are JSON's. It calls
     `limit(seconds, ...)` itself, when it has all that it needs. Raises ValueError, saying why, when there is no end."""
     path = [str(Path(__file__).parents[1]), *filter(None, sys.path)]  # also where this package is not installed
-    program = (
-        "import json, sys; asked = json.load(sys.stdin); sys.path[:] = asked['path']; "
-        f"from {function.__module__} import {function.__name__} as function; "
-        "json.dump(function(**asked['arguments']), sys.stdout)"
-    )
+    program = "import json, sys; asked = json.load(sys.stdin); sys.path[:] = asked['path']; "
+    program += f"from {function.__module__} import {function.__name__} as function; "
+    program += "json.dump(function(**asked['arguments']), sys.stdout)"
     request = json.dumps({"path": path, "arguments": arguments}).encode()
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], input=request, capture_output=True)
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's each take 32 MB of the address space
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], input=request, capture_output=True, env=env)
     if done.returncode == -signal.SIGXCPU:
         raise ValueError(f"it computes for more than {seconds} s")
     if done.returncode:
@@ -31,8 +31,7 @@ def in_process(function: Callable[..., Any], seconds: int, **arguments: Any) -> 
 
 
 def limit(seconds: int, memory: int) -> None:
-    """From here on no file can be opened, the kernel ends this process after `seconds` of computing, and MemoryError
-    comes at `memory` bytes of address space (Python: 30 MB)."""
+    """From here on no file can be opened, and there are `seconds` of computing and `memory` bytes of address space."""
     import resource
 
     limits = (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory)

@@ -31,9 +31,8 @@ REPORT_SECONDS = 5.0
 
 def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Tokenizer, list[Corpus]]:
     """The tokenizer and the tokenized corpora of a configuration, from the cache where they are there. Without
-    `data.weights` all text is one corpus; with weights each path is one, in their order. A path that is a prepared
-    directory is opened as it is, a corpus of its own, and brings its tokenizer. Raises BadFileError for unusable text
-    or shards, ConfigError for a vocabulary that does not fit."""
+    `data.weights` all text is one corpus; with weights each path is one, in order. A prepared directory is a corpus of
+    its own, and brings its tokenizer. Raises BadFileError for unusable text or shards, ConfigError for a vocabulary."""
     has_tokenizer = [path for path in data.paths if any(Path(path, name).exists() for name in TOKENIZER_FILES)]
     prepared = [path for path in has_tokenizer if Path(path, "meta.json").exists()]  # which text may have too
     texts = [path for path in data.paths if path not in prepared]
@@ -101,8 +100,7 @@ class TextCorpus:
             raise BadFileError(f"data {self.name}: a file changed while it was read; run the same command again")
 
     def _read(self, problems: Problems) -> Iterator[tuple[bool, str]]:
-        """Each document, and whether it is to be held out. A hash of its text decides, so that this stays when the
-        corpus grows, and copies are on the same side."""
+        """Each document, and whether it is held out: by a hash of its text, so copies and larger corpora agree."""
         for text in read_documents(self._sources, self.data, problems):
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             yield int.from_bytes(digest) < self.data.val_fraction * 2**64, text

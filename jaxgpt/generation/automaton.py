@@ -31,10 +31,24 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
     if "error" in found or len(found["next"]) > most:
         why = found.get("error") or f"it needs {len(found['next'])} states, and there can be {most}"
         raise ConfigError(f"{what}: {why}; change it")
+    next_of, final = _numbered(found)
+    table_NV, count = _walk(next_of, tokens), len(next_of) - 1
+    table_NV[:, list(ends)] = count
+    table_NV[final[:, None], list(ends)] = final[:, None]
+    while (leads_NV := np.append((table_NV == count).all(1), False)[table_NV]).any():  # to where no token can follow
+        table_NV[leads_NV] = count
+    require(bool((table_NV[0] != count).any()), f"{what}: no text of this model's tokens is like that; change it")
+    table_NV[table_NV == count] = -1
+    return table_NV
+
+
+def _numbered(found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Int16 [N + 1, 256]: the state that each byte leads to, where state N is that nothing matches any more; and the
+    states in which a text is complete."""
     count, number = len(found["next"]), {found["first"]: 0}
     for state in found["next"]:
         number.setdefault(int(state), len(number))
-    next_of = np.full((count + 1, 256), count, np.int16)  # the last state is where nothing matches any more
+    next_of = np.full((count + 1, 256), count, np.int16)
     for state, following in found["next"].items():
         for byte, after in following.items():
             if byte != "256":
@@ -43,12 +57,17 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
     for byte in _END.encode():
         behind = next_of[behind, byte]
     beyond = [number[state] for state in found["final"]]
-    final = np.flatnonzero(np.isin(behind, beyond))
     next_of[np.isin(next_of, beyond)] = count  # no text has that character
+    return next_of, np.flatnonzero(np.isin(behind, beyond))
+
+
+def _walk(next_of: np.ndarray, tokens: tuple[bytes, ...]) -> np.ndarray:
+    """Int16 [N, V]: where each state gets with the bytes of each token."""
     lengths_V = np.array([len(token) for token in tokens])
     spelt_VY = np.zeros((len(tokens), lengths_V.max()), np.uint8)
     for token, spelt in enumerate(tokens):
         spelt_VY[token, : len(spelt)] = np.frombuffer(spelt, np.uint8)
+    count = len(next_of) - 1
     table_NV = np.full((count, len(tokens)), count, np.int16)
     for state, row_V in enumerate(table_NV):
         walking, place = np.flatnonzero(lengths_V), 0
@@ -59,12 +78,6 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
             row_V[walking[there]] = at[there]
             goes_on = ~there & (at != count)
             walking, at = walking[goes_on], at[goes_on]
-    table_NV[:, list(ends)] = count
-    table_NV[final[:, None], list(ends)] = final[:, None]
-    while (leads_NV := np.append((table_NV == count).all(1), False)[table_NV]).any():  # to where no token can follow
-        table_NV[leads_NV] = count
-    require(bool((table_NV[0] != count).any()), f"{what}: no text of this model's tokens is like that; change it")
-    table_NV[table_NV == count] = -1
     return table_NV
 
 
@@ -78,6 +91,8 @@ def _byte_automaton(regex: str, json_schema: str) -> dict[str, Any]:
     limit(_SECONDS, _MEMORY)
     try:
         expression = build_regex_from_schema(json_schema) if json_schema else regex.removeprefix("^")
+        if json_schema and "()" in expression:  # which matches nothing at all, where JSON must be something
+            raise ValueError("an enum in it is empty")
         expression = expression if expression.endswith("\\$") else expression.removesuffix("$")
         found = Index(f"(?:{expression}){_END}", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
         final = list(found.get_final_states())

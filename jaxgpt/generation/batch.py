@@ -82,11 +82,11 @@ def _openai_body(value: Json) -> tuple[Json, str]:
     if url not in list(_URLS) or value.get("method", "POST") != "POST" or not isinstance(body, dict):
         raise ConfigError(f"an OpenAI line needs method POST, a body, and one of the urls {', '.join(_URLS)}")
     body.pop("model", None)
-    if (form := body.pop("response_format", {"type": "text"})) != {"type": "text"}:
-        try:
-            body["json_schema"] = form["json_schema"]["schema"]
-        except (LookupError, TypeError):
-            raise ConfigError("response_format: its type must be text, or json_schema with a schema") from None
+    match body.pop("response_format", {"type": "text"}):
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            body["json_schema"] = schema
+        case form if form != {"type": "text"}:
+            raise ConfigError("response_format: its type must be text, or json_schema with a schema")
     if "messages" in body and isinstance(body.get("logprobs"), bool):  # where it only says whether
         body["logprobs"] = body.get("top_logprobs", 0) if body["logprobs"] else None
         body.pop("top_logprobs", None)
@@ -161,8 +161,7 @@ class Job:
         return json.dumps({**asdict(self), "input": digest, "output": "", "model": model}, sort_keys=True) + "\n"
 
     def run(self, engine: Engine, encode_chat: EncodeChat, model: str) -> None:
-        """Answer every line of the input; `model` says which model it is. Raises ConfigError for an output of another
-        job. Whatever is wrong with a line is in its answer."""
+        """Answer every line of the input by the model that `model` names. Raises ConfigError for another's output."""
         with _Output(self.output, self.identity(model)) as output:
             if not output.complete:
                 lines = sum(1 for _ in self.lines())

@@ -138,8 +138,7 @@ def decode(
         return slots._replace(cache=cache, steps=slots.steps + 1)
 
     def go_further(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        append = functools.partial(_append, forms)
-        return jax.lax.cond(carry[1].any(), append, lambda carry, _: carry, carry, inputs), None
+        return jax.lax.cond(carry[1].any(), functools.partial(_append, forms), lambda old, _: old, carry, inputs), None
 
     def without(done: Array, rules: Rules) -> Rules:  # or what a complete text asked for would be done for the others
         return jax.tree.map(lambda none, own: jnp.where(done, none, own), NO_RULES, rules)

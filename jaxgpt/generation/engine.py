@@ -150,8 +150,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """`num_samples` completions of each prompt (a text, or its ids), prompt after prompt; each may have its own
-        settings. Raises ConfigError as `requests` does."""
+        """`num_samples` completions of each prompt, prompt after prompt. Raises ConfigError as `requests` does."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         paired = enumerate(zip(prompts, each, strict=True))
         waiting = [request for i, (prompt, own) in paired for request in self.requests(prompt, own, i)]

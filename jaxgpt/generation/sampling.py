@@ -60,8 +60,8 @@ class SamplingParams(Section):
         few = len(self.logit_bias) <= MAX_BIASED and all(abs(by) <= 1000 for _, by in self.logit_bias)
         require(few, f"logit_bias is {self.logit_bias!r:.50}: it must be 300 ids at most, values from -1000 to 1000")
         forms = sum(map(bool, (self.choice, self.regex, self.json_schema)))
-        legal = not forms or (forms == 1 and not self.min_new_tokens)
-        require(legal, "choice, regex, json_schema: there can be one of them, and no min_new_tokens beside it")
+        legal = all(self.choice) and (not forms or (forms == 1 and not self.min_new_tokens))
+        require(legal, "choice, regex, json_schema: one of them, without empty texts, and no min_new_tokens beside it")
         require(len(self.stop) <= 16 and all(self.stop), f"stop is {self.stop!r:.50}: it must be 16 texts, none empty")
 
 
@@ -101,8 +101,7 @@ class Rules(NamedTuple):
             first_end=np.int32(prompt_length + params.min_new_tokens), end_ids_E=padded(ends, MAX_ENDS, -1, np.int32),
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
             bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
-            bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32),
-            logprobs=np.bool_(params.logprobs is not None),
+            bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import CheckpointConfig, TokenizerConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError, JaxgptError
-from jaxgpt.files import sync, write_atomically
+from jaxgpt.files import publish, write_atomically
 from jaxgpt.interop.configs import write_config
 from jaxgpt.interop.load import Dtype, load_model
 from jaxgpt.interop.safetensors_dir import write_safetensors
@@ -41,8 +41,7 @@ def convert(source: Path, target: Path, to: Literal["jaxgpt", "hf"], dtype: Dtyp
             _write_run(trained, partial)
         else:
             _write_hf(trained, partial, dtype)
-        partial.rename(target)
-        sync(target.parent)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

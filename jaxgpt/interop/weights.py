@@ -118,8 +118,7 @@ def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor], where: st
 
 
 def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredTensor], where: str) -> Any:
-    """`abstract` (`jax.eval_shape` of a Transformer, stacked or not) with the parameters of a file, on its devices.
-    Raises BadFileError for a value that is not finite."""
+    """`abstract` (`jax.eval_shape` of a Transformer) with the parameters of a file. BadFileError for one not finite."""
     place_of = {place.row.name: (name, place) for name, places in layout.tensors.items() for place in places}
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
@@ -142,8 +141,7 @@ def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredT
 
 
 def stored_tensors(model: Transformer, family: Family, kind: str = "F32") -> dict[str, StoredTensor]:
-    """Every tensor of the family's safetensors, to be written as `kind`, of a model whose layers are stacked; each is
-    taken from the devices, in float32, when it is read."""
+    """Every tensor of the family's safetensors, as `kind`, of stacked layers, fetched from the devices when read."""
     layout = Layout(family, model.config, gguf=False)
     leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 

@@ -44,9 +44,8 @@ def causal_attention(
     q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, mask_BTT: Array, softcap: float | None, scale: float | None
 ) -> Array:
     """`attention` where no query sees a key behind its own place. Blocks of queries, each with the keys up to its end,
-    leave out nearly half of the products, and the backward pass computes scores and weights again instead of keeping
-    them (as arXiv:2205.14135): 1.1 times as fast in training, a sixth less memory. At most 8 blocks, of 128 queries at
-    least: more would only take longer to compile."""
+    leave out nearly half of the products, and the backward pass computes the weights again (as arXiv:2205.14135): 1.1
+    times as fast in training, a sixth less memory. More than 8 blocks would only take longer to compile."""
     T = q_BTHK.shape[1]
     size = max(128, -(-T // 8))
     block = jax.checkpoint(attention, static_argnums=(4, 5))

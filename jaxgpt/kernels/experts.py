@@ -51,9 +51,8 @@ def mixture(
 
 
 def router_losses(logits_BTE: Array, experts_BTM: Array) -> Array:
-    """The load-balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961, equation 4), where the
-    shares of a token's M experts add up to M, and the mean squared log-partition (arXiv:2202.08906, equation 5). Means
-    over all tokens of the batch. Returns float32 [2]."""
+    """Float32 [2], over all tokens: the balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961,
+    equation 4; a token's shares add up to M), and the mean squared log-partition (arXiv:2202.08906, equation 5)."""
     experts = logits_BTE.shape[-1]
     logits_BTE = logits_BTE.astype(jnp.float32)
     chosen_BTME = experts_BTM[..., None] == jnp.arange(experts)[None, None, None]

@@ -33,9 +33,8 @@ from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step
 
 
 def train(config: TrainConfig) -> None:
-    """Train, or go on with, the run of `config.run_path`, until its last step. Raises ConfigError for settings that
-    cannot be, BadFileError for bad data or checkpoints, StorageError when the disk refuses, TrainingError when the loss
-    is not finite, Stopped after Ctrl-C or SIGTERM."""
+    """Train, or go on with, the run of `config.run_path`, until its last step. Raises ConfigError, BadFileError,
+    StorageError, TrainingError when the loss is not finite, Stopped after Ctrl-C or SIGTERM."""
     if jax.process_count() > 1:  # every process would read every row
         raise ConfigError(f"training in {jax.process_count()} processes is not supported; use the devices of one")
     mesh = make_mesh(config.mesh)

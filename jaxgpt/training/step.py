@@ -125,8 +125,7 @@ def loss_options(config: TrainConfig) -> LossOptions:
 def batch_loss(
     model: Transformer, batch: Batch, weights_BT: Array, options: LossOptions, dropout_key: Array | None = None
 ) -> tuple[Array, Array, Array | None]:
-    """Weighted sum of the token losses (with z-loss), the negative log-likelihood of each token [B, T] in nats, and
-    where there are experts the two losses of their routers."""
+    """Weighted sum of the token losses (with z-loss), those of each token [B, T] in nats, and those of any routers."""
     x_BTD, _, router = model(batch.tokens, batch.positions, batch.segment_ids, dropout_key=dropout_key)
     return *linear_cross_entropy(x_BTD, model.output_embedding(), batch.labels, weights_BT, options), router
 
@@ -169,9 +168,8 @@ def _gradients(model: Transformer, batch: Batch, config: TrainConfig, key: Array
 
 
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
-    """The jitted step, (state, batch) -> (state, metrics); it takes over (donates) the state that it is given. An
-    update that is not finite, in loss or gradient, is not applied: only `step` moves on, and `finite` is False. Dropout
-    draws from (seed, step), so that a resumed run repeats it."""
+    """The jitted step, (state, batch) -> (state, metrics), which donates the state. An update that is not finite, in
+    loss or gradient, is not applied: only `step` moves on. Dropout draws from (seed, step), as a resumed run does."""
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     rate = learning_rate(config.optimizer, config.training.steps)
     decay = config.optimizer.ema_decay

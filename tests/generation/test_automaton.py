@@ -135,7 +135,9 @@ def test_every_completion_has_its_form(
         ({"json_schema": "{"}, "json_schema '{': Expected a valid JSON string"),
         ({"json_schema": '{"type": "banana"}'}, "json_schema .*: Unsupported type: banana"),
         ({"json_schema": '{"$ref": "#"}'}, "json_schema .*: Ref recusion limit reached"),
-        ({"regex": "a", "choice": ("b",)}, "there can be one of them"),
+        ({"regex": "a", "choice": ("b",)}, "one of them, without"),
+        ({"choice": ("",)}, "without empty texts"),
+        ({"json_schema": '{"enum": []}'}, "json_schema"),
         ({"regex": "a", "min_new_tokens": 1}, "no min_new_tokens beside it"),
     ],
 )
@@ -158,7 +160,7 @@ def test_lines_may_give_a_schema_as_it_is() -> None:
     assert json.loads(parse_line(json.dumps(openai).encode(), 1, SamplingParams()).params.json_schema) == SCHEMA
     body["response_format"] = {"type": "text"}
     assert not parse_line(json.dumps(openai).encode(), 1, SamplingParams()).params.json_schema
-    body["response_format"] = {"type": "json_object"}
+    body["response_format"] = {"type": "json_object", "json_schema": {"schema": SCHEMA}}
     with pytest.raises(ConfigError, match="response_format: its type must be text, or json_schema with a schema"):
         parse_line(json.dumps(openai).encode(), 1, SamplingParams())
 

@@ -16,7 +16,6 @@ from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.interop.convert import compare, convert
 from jaxgpt.interop.load import load_model
-from jaxgpt.roofline import measured_flops
 
 PROMPT = "The three largest cities of France are Paris, Marseille and"
 
@@ -53,15 +52,14 @@ print(seconds, (peak - before) / sum(4 * leaf.size for leaf in jax.tree.leaves(m
 @pytest.mark.slow
 def test_loading_smollm2_takes_three_seconds_and_no_second_copy() -> None:
     runs: list[list[float]] = []
-    while len(runs) < 8 and min((seconds for seconds, _ in runs), default=9) >= 3:  # others may be at work here
+    while len(runs) < 24 and min((seconds for seconds, _ in runs), default=9) >= 3:  # others may be at work here
         out = subprocess.run(
             [sys.executable, "-c", LOADING, str(real.smollm2())], capture_output=True, text=True, check=True
         ).stdout
         runs.append([float(word) for word in out.split()])
     seconds, copies = np.array(runs).T
     print(f"loading: {seconds} s, {copies} times the weights")
-    slowness = max(1, 2e11 / measured_flops())  # three seconds are for cores that reach 200 GFLOP/s together
-    assert copies.max() < 1.3 and seconds.min() < 3 * slowness
+    assert copies.max() < 1.3 and seconds.min() < 3
 
 
 @pytest.mark.slow
