@@ -40,9 +40,11 @@ class Tokenizer(ABC):
         self.where = where
         self.vocab_size = len(pieces)
         self.pieces, self.kinds = pieces, kinds
-        of_kind, silent = list(zip(pieces, kinds, strict=True)), (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
-        self.token_bytes = [b"" if kind in silent else self._spell(piece, kind) for piece, kind in of_kind]
-        self.special_tokens = {piece: i for i, (piece, kind) in enumerate(of_kind) if piece and kind == Kind.CONTROL}
+        silent = (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
+        self.token_bytes = [
+            b"" if kind in silent else self._spell(piece, kind) for piece, kind in zip(pieces, kinds, strict=True)
+        ]
+        self.special_tokens = {pieces[i]: i for i, kind in enumerate(kinds) if kind == Kind.CONTROL and pieces[i]}
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self.spells_all = kinds.count(Kind.BYTE) == 256
         # What the model is not asked about: U+2581 is spelt by its bytes, as a piece it would come back as a space.

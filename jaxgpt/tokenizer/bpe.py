@@ -13,7 +13,7 @@ from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer
 MAX_BYTES = 256 * 2**20
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_BYTE_OF = dict(zip([*map(chr, _PRINTABLE), *map(chr, range(256, 512))], map(int.to_bytes, _PRINTABLE + _OTHERS)))
 """The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
 
 
@@ -63,7 +63,7 @@ class JsonTokenizer(Tokenizer):
             return super()._spell(piece, kind)
         if kind == Kind.USER_DEFINED:
             return piece.encode()
-        return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
+        return b"".join([_BYTE_OF.get(c) or c.encode() for c in piece])
 
     def _check(self) -> None:
         if self.eos_id < 0:
@@ -90,9 +90,9 @@ def tokenizer_json(pieces: list[str], kinds: list[int], bos: int | None, model: 
     """A tokenizer.json that begins texts with `bos`; pieces that are special or user-defined are its added tokens."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        {"id": token, "content": piece, "special": kind != Kind.USER_DEFINED, **flags}
-        for piece, (token, kind) in dict(zip(pieces, enumerate(kinds), strict=True)).items()
-        if kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+        {"id": token, "content": piece, "special": kinds[token] != Kind.USER_DEFINED, **flags}
+        for piece, token in {piece: i for i, piece in enumerate(pieces)}.items()
+        if kinds[token] in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
     ]
     if bos is not None:
         name = pieces[bos]
