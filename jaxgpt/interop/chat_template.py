@@ -12,7 +12,7 @@ from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.limited import in_process, limit
 
 MAX_TEMPLATE, MAX_TEXT = 2**20, 4 * 2**20  # characters of a template (the longest have 2**15), of what it writes
-SECONDS, MEMORY = 2, 512 * 2**20  # of computing, since nothing in a template can wait; address space (Python: 30 MB)
+SECONDS, MEMORY = 2, 256 * 2**20  # of computing, since nothing in a template can wait; address space (Python: 30 MB)
 
 
 def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "chat template", **more: Any) -> str:

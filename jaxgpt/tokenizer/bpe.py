@@ -13,7 +13,7 @@ from jaxgpt.tokenizer.base import BYTE_PIECES, Kind, Settings, Tokenizer
 MAX_BYTES = 256 * 2**20
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = dict(zip([*map(chr, _PRINTABLE), *map(chr, range(256, 512))], map(int.to_bytes, _PRINTABLE + _OTHERS)))
+_BYTE_OF = {chr(i): bytes([i]) for i in _PRINTABLE} | {chr(256 + i): bytes([byte]) for i, byte in enumerate(_OTHERS)}
 """The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
 
 
