@@ -61,8 +61,7 @@ def append(file: io.FileIO, content: bytes) -> None:
 def bounded_lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
     """Each line with its end; None in place of one of `limit` bytes or more, of which no more is in memory."""
     while line := file.readline(limit):
-        is_whole = len(line) < limit or line.endswith(b"\n")
-        yield line if is_whole else None
+        yield line if len(line) < limit or line.endswith(b"\n") else None
         while len(line) == limit and not line.endswith(b"\n"):  # the rest of it
             line = file.readline(limit)
 

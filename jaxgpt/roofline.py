@@ -35,8 +35,7 @@ def forward_flops_per_token(config: ModelConfig) -> float:
 
 def _best_seconds(*matrices: np.ndarray) -> float:
     """The best product of ten on one device: a processor's peak is not in its name. Takes 0.5 s."""
-    alone = Mesh(jax.local_devices()[:1], "x")
-    with jax.set_mesh(alone):  # the current mesh may have more devices
+    with jax.set_mesh(Mesh(jax.local_devices()[:1], "x")):  # the current mesh may have more devices
         placed = [jax.device_put(matrix) for matrix in matrices]
         compiled = jax.jit(jnp.matmul).lower(*placed).compile()
     return min(timeit.repeat(lambda: compiled(*placed).block_until_ready(), number=1, repeat=10))

@@ -161,8 +161,7 @@ class Engine:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
         require(params.logprobs is None, "logprobs: a stream has none; leave it out, or use Engine.generate")
-        waiting = self.requests(prompt, params)
-        return ((more.request.sample, more.text) for more in self.run(waiting) if more.text)
+        return ((more.request.sample, more.text) for more in self.run(self.requests(prompt, params)) if more.text)
 
     def room(self, prompt: Prompt) -> int:
         return self._model.config.context_length - len(self._ids(prompt))

@@ -73,8 +73,7 @@ def _families(table: dict[str, Any]) -> tuple[Family, ...]:
     for name, entry in table["family"].items():
         if like := entry.pop("like", None):
             base: dict[str, Any] = table["family"][like]
-            merged = {key: base[key] | entry.get(key, {}) for key in base if isinstance(base[key], dict)}
-            entry = base | entry | merged
+            entry = base | entry | {key: base[key] | entry.get(key, {}) for key in base if isinstance(base[key], dict)}
         table["family"][name] = dict(entry)
         rows = [row for group in entry.pop("rows") for row in groups[group]]
         rows += [row.bias for row in rows if row.name.endswith(("kernel", "scale"))]

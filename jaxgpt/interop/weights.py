@@ -89,8 +89,7 @@ class Layout:
         parts = [self.part(tensors[name.format(layer, e=expert)].read(), place) for expert in experts]
         array = np.stack(parts) if "{e}" in name else parts[0]
         if self.gguf and self.family.interleaved and place.row.name.startswith(("attention.query.", "attention.key.")):
-            pairs = array.reshape(*array.shape[:-1], -1, 2)  # K is the last axis
-            array = pairs.swapaxes(-1, -2).reshape(array.shape)
+            array = array.reshape(*array.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(array.shape)  # pairs along K
         stores_one_more = self.gguf and self.config.norm_plus_one and place.row.name.endswith("norm.scale")
         return array - np.float32(1) if stores_one_more else array
 

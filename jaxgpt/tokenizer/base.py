@@ -41,9 +41,8 @@ class Tokenizer(ABC):
         self.vocab_size = len(pieces)
         self.pieces, self.kinds = pieces, kinds
         silent = (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
-        self.token_bytes = [
-            b"" if kind in silent else self._spell(piece, kind) for piece, kind in zip(pieces, kinds, strict=True)
-        ]
+        spelt = map(self._spell, pieces, kinds)
+        self.token_bytes = [b"" if kind in silent else raw for raw, kind in zip(spelt, kinds, strict=True)]
         self.special_tokens = {pieces[i]: i for i, kind in enumerate(kinds) if kind == Kind.CONTROL and pieces[i]}
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self.spells_all = kinds.count(Kind.BYTE) == 256
