@@ -31,14 +31,15 @@ def make_batch(rows: Sequence[tuple[TokenStream, int]], length: int) -> Batch:
     for (stream, begin), tokens, labels, segment_ids, positions in zip(rows, *batch, strict=True):
         window = stream.window(begin, length + 1)
         count, following = len(window[:length]), window[1:]
-        first, last = np.searchsorted(stream.starts, (begin + 1, begin + length + 1))
+        first, last = stream.starts.searchsorted((begin + 1, begin + length + 1))
         starts = stream.starts[first:last] - begin  # of the documents but the first: from 1 to length
-        begins, lengths = np.append(0, starts), np.diff(starts, prepend=0, append=count)
+        bounds = np.concatenate(([0], starts, [count]))  # np.diff with ends would take half of the time
+        lengths = bounds[1:] - bounds[:-1]
         tokens[:count] = window[:length]
         labels[: len(following)] = following
         labels[starts - 1] = -1
-        segment_ids[:count] = np.repeat(np.arange(1, len(begins) + 1), lengths)
-        positions[:count] = np.arange(count) - np.repeat(begins, lengths)
+        segment_ids[:count] = np.repeat(np.arange(1, len(bounds)), lengths)
+        positions[:count] = np.arange(count) - np.repeat(bounds[:-1], lengths)
     return batch
 
 

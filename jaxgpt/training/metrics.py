@@ -73,8 +73,7 @@ class MetricsLog(contextlib.ExitStack):
 def _event(**fields: Any) -> bytes:
     """One record of TensorBoard's file: length, its checksum, a protocol buffer, its checksum."""
     content: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
-    length = struct.pack("<Q", len(content))
-    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, content))
+    return b"".join(x + struct.pack("<I", masked_crc32c(x)) for x in (struct.pack("<Q", len(content)), content))
 
 
 def _start_wandb(config: TrainConfig) -> Any:
