@@ -297,6 +297,7 @@ def test_data_prepare_prints_where_and_reuses_it(
 # Generate
 
 
+@pytest.mark.slow
 def test_generate_continues_a_prompt(command: Callable[..., Any], finished: Path) -> None:
     words = ("--checkpoint", str(finished), "--prompt", "import os\n", "--max-new-tokens", "12")
     one = command("generate.py", *words, "--seed", "3")

@@ -60,6 +60,7 @@ LAYOUT = {
 }
 
 
+@pytest.mark.slow
 def test_the_state_is_born_cut(mesh_of: Callable) -> None:
     """Parameters and both moments of Adam; of a matrix no device holds more than its quarter."""
     config = TrainConfig(model=MODEL, optimizer=OptimizerConfig(ema_decay=0.9))

@@ -24,6 +24,7 @@ MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=32, vocab_
 CONFIG = TrainConfig(name="small", model=MODEL, training=TrainingConfig(batch_size=4))
 
 
+@pytest.mark.slow
 def test_the_step_is_timed(mesh_of: Callable[..., Any]) -> None:
     with mesh_of():
         (row,) = measure([training_step(CONFIG)], rounds=3)
@@ -31,6 +32,7 @@ def test_the_step_is_timed(mesh_of: Callable[..., Any]) -> None:
     assert row["memory_mib"] > 0.1 and row["compile_s"] > 0
 
 
+@pytest.mark.slow
 def test_mfu_stays_below_one(mesh_of: Callable[..., Any]) -> None:
     """Of a model that is mostly one large product, which the device does about as fast as it can."""
     model = dataclasses.replace(MODEL, n_layers=1, d_model=512, context_length=256, vocab_size=4096)

@@ -90,6 +90,7 @@ def test_the_table_accepts_what_the_expression_matches(regex: str, texts: list[s
     assert all(map(accepts, texts)) and not any(map(accepts, others))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "speculate"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((1, 1, 1), 5)])
 def test_every_completion_has_its_form(
     mesh_of: Callable[..., Any],
@@ -125,6 +126,7 @@ def test_every_completion_has_its_form(
     assert found[7].text == "" and found[7].finish_reason == "stop", "the model's own end may not come"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -65,6 +65,7 @@ def job(command: Callable[..., Any], finished: Path, tmp_path: Path) -> Callable
     return run
 
 
+@pytest.mark.slow
 def test_each_bad_line_is_an_error_of_its_own(job: Callable[..., Any]) -> None:
     lines: list[Any] = []
     for value, _ in BAD.values():

@@ -68,6 +68,7 @@ def test_greedy_text_is_that_of_full_passes(
             assert completion.text == tokenizer.decode(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 2, 2)])
 def test_other_meshes_give_the_same_text(
     mesh_of: Callable[..., Any], tokenizer: Tokenizer, shape: tuple[int, ...]
@@ -126,6 +127,7 @@ def test_two_hundred_requests_are_what_full_passes_give(
     assert engine.used < engine.tokens if speculate else engine.used == engine.tokens, (engine.used, engine.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_prompts_that_begin_alike_share_keys_and_values(
     mesh_of: Callable[..., Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
@@ -168,6 +170,7 @@ def test_prompts_that_begin_alike_share_keys_and_values(
         assert again == alone[7] and engine.reused - before == 128 and passes == 1, "the rest is one chunk"
 
 
+@pytest.mark.slow
 def test_longrope_goes_by_what_each_text_may_grow_to(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     """Short and long factors side by side, also where a long text begins as a short one does."""
     factors = dict(rope_short_factors=(1.0, 1.5, 2.0, 2.5), rope_long_factors=(3.0, 9.0, 2.0, 7.0))
@@ -202,6 +205,7 @@ def test_a_run_in_another_s_time_has_slots_of_its_own(mesh_of: Callable[..., Any
         assert engine.generate(PROMPTS[1:2], GREEDY)[0].text == expected[1]
 
 
+@pytest.mark.slow
 def test_guesses_change_no_text(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     """With every kind of setting; only the number of passes is less."""
     params = [

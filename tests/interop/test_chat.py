@@ -300,6 +300,7 @@ def piped(
     return run
 
 
+@pytest.mark.slow
 def test_lines_of_a_pipe_are_answered(
     piped: Callable[..., Any], mesh_of: Callable[..., Any], tiny: tuple[Transformer, Tokenizer]
 ) -> None:

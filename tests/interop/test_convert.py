@@ -91,6 +91,7 @@ def test_the_family_survives_where_the_format_names_it(sources: Path, mesh_of: C
             assert after["dtype"] == after["torch_dtype"] == "float32" and "bos_token_id" in after
 
 
+@pytest.mark.slow
 def test_the_check_measures_how_far_apart_two_models_are(sources: Path, mesh_of: Callable, tmp_path: Path) -> None:
     """The three figures, against a computation of their definitions."""
     with mesh_of():

@@ -38,6 +38,7 @@ def failed(model: Transformer) -> list[str]:
     return [check.name for check in verify(model) if not check.passed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_all_checks_hold(name: str, mesh_of: Callable) -> None:
     with mesh_of():
@@ -46,6 +47,7 @@ def test_all_checks_hold(name: str, mesh_of: Callable) -> None:
     assert len(checks) == 5 + bool(MODELS[name].get("windows"))
 
 
+@pytest.mark.slow
 def test_all_checks_hold_on_a_mesh(mesh_of: Callable) -> None:
     with mesh_of(data=2, fsdp=2, tensor=2):
         assert not failed(model_of(**GEMMA_3))

@@ -148,6 +148,7 @@ def hidden(config: ModelConfig, tokens: jax.Array, **options: Any) -> np.ndarray
     return np.asarray(jax.jit(lambda m, t: m(t, **options)[0])(model, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_model_without_rotating_layers_knows_no_positions(scan_layers: bool, mesh_of: Callable) -> None:
     tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, 50)

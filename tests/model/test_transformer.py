@@ -336,6 +336,7 @@ def test_bfloat16_gradients_add_up_many_tokens() -> None:
             assert error < 0.02, f"{name}: {error}"
 
 
+@pytest.mark.slow
 def test_unstacked_layers_are_the_same_model() -> None:
     model, tokens_BT = loud(tiny(n_layers=3, windows=(4, 0))), tokens_of()
     split = model.unstacked()
