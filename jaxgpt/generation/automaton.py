@@ -91,8 +91,8 @@ def _byte_automaton(regex: str, json_schema: str) -> dict[str, Any]:
     limit(_SECONDS, _MEMORY)
     try:
         expression = build_regex_from_schema(json_schema) if json_schema else regex.removeprefix("^")
-        if json_schema and "()" in expression:  # which matches nothing at all, where JSON must be something
-            raise ValueError("an enum in it is empty")
+        if any(f'"{key}":[]' in "".join(json_schema.split()) for key in ("enum", "type", "anyOf", "oneOf", "allOf")):
+            raise ValueError("an enum, type, anyOf, oneOf or allOf in it is empty")  # an empty text would match it
         expression = expression if expression.endswith("\\$") else expression.removesuffix("$")
         found = Index(f"(?:{expression}){_END}", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
         final = list(found.get_final_states())

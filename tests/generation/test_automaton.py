@@ -78,8 +78,26 @@ def test_what_leads_nowhere_is_not_begun() -> None:
 )
 def test_the_table_accepts_what_the_expression_matches(regex: str, texts: list[str], others: list[str]) -> None:
     """Also what goes on where it could end, which outlines-core alone gets wrong."""
+    accepts = acceptance(regex, "")
+    assert all(map(accepts, texts)) and not any(map(accepts, others))
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts", "others"),
+    [
+        ({"type": "string", "pattern": "^[0-9()+-]+$"}, ['"+1(2)"'], ['""', '"a"', ""]),
+        ({"type": "object", "properties": {}}, ["{}", "{ }"], ["", "[]"]),
+        ({"const": '"enum":[] ()'}, [r'"\"enum\":[] ()"'], ['""']),
+    ],
+)
+def test_what_looks_empty_in_a_schema_is_allowed(schema: Any, texts: list[str], others: list[str]) -> None:
+    accepts = acceptance("", json.dumps(schema))
+    assert all(map(accepts, texts)) and not any(map(accepts, others))
+
+
+def acceptance(regex: str, json_schema: str) -> Callable[[str], bool]:
     tokens = (b"", *(bytes([byte]) for byte in range(256)))
-    table = token_table(regex, "", tokens, (0,))
+    table = token_table(regex, json_schema, tokens, (0,))
 
     def accepts(text: str) -> bool:
         state = 0
@@ -87,7 +105,7 @@ def test_the_table_accepts_what_the_expression_matches(regex: str, texts: list[s
             state = table[state, 1 + byte] if state >= 0 else -1
         return state >= 0 and table[state, 0] >= 0
 
-    assert all(map(accepts, texts)) and not any(map(accepts, others))
+    return accepts
 
 
 @pytest.mark.slow
@@ -139,7 +157,8 @@ def test_every_completion_has_its_form(
         ({"json_schema": '{"$ref": "#"}'}, "json_schema .*: Ref recusion limit reached"),
         ({"regex": "a", "choice": ("b",)}, "one of them, without"),
         ({"choice": ("",)}, "without empty texts"),
-        ({"json_schema": '{"enum": []}'}, "json_schema"),
+        ({"json_schema": '{"enum": []}'}, "an enum, type, anyOf, oneOf or allOf in it is empty"),
+        ({"json_schema": '{"properties": {"a": {"oneOf"\n: [ ]}}}'}, "oneOf or allOf in it is empty"),
         ({"regex": "a", "min_new_tokens": 1}, "no min_new_tokens beside it"),
     ],
 )
