@@ -73,8 +73,7 @@ def load_run(run_dir: Path, step: int | None = None) -> TrainedModel:
     from jaxgpt.checkpoint import restore_model  # Orbax takes 0.2 s, which other people's models do without
 
     tokenizer = load_tokenizer(run_dir)
-    abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-    _, model, metadata = restore_model(run_dir, abstract, step)
+    _, model, metadata = restore_model(run_dir, jax.eval_shape(lambda: Transformer(config, jax.random.key(0))), step)
     if metadata["tokenizer_sha256"] != tokenizer.sha256:
         raise BadFileError(f"tokenizer {run_dir / tokenizer.file_name}: it is not the one of the training; restore it")
     return TrainedModel(config, tokenizer, model)

@@ -118,8 +118,7 @@ def _loss(s: Sizes, platform: str) -> Operation:
     labels_BT = np.random.default_rng(0).integers(0, s.V, (s.B, s.T)).astype(np.int32)
 
     def oracle(x_BTD: Array, w_VD: Array, labels_BT: Array) -> Array:
-        log_p_BTV = jax.nn.log_softmax(x_BTD @ w_VD.T)
-        return -jnp.take_along_axis(log_p_BTV, labels_BT[..., None], -1).sum() / labels_BT.size
+        return -jnp.take_along_axis(jax.nn.log_softmax(x_BTD @ w_VD.T), labels_BT[..., None], -1).sum() / labels_BT.size
 
     def chunked(chunks: int) -> Function:
         weights_BT = np.full((s.B, s.T), 1 / labels_BT.size, np.float32)

@@ -68,8 +68,7 @@ class Generate(Output):
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:
-        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])), tempfile.TemporaryDirectory() as scratch:
             trained = load_model(self.model, dtype=self.dtype)
             contenders = list(generations(trained))
             if self.against == "transformers":

@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.stored import FLOATS, MAX_TENSORS, PLAIN, StoredTensor, aligned, plain_tensor
+from jaxgpt.interop.stored import FLOATS, MAX_TENSORS, PLAIN, StoredTensor, aligned, in_parts, plain_tensor
 
 _TYPES = {kind.value: kind for kind in GGMLQuantizationType if kind.name in FLOATS}
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -24,7 +24,6 @@ _U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 _MAX_HEADER, _MAX_NUMBERS = 2**25, 2**22
 """Bytes, and numbers and lengths of texts, each of which may take 40 times its bytes in memory. The 262,144 tokens of
 Gemma 3 make 7 MB with 786,432 of them; with half a million merges it would be 17 MB with 1.3 million."""
-_GROUP_ELEMENTS = 2**18  # that are expanded at a time: what is made on the way then fits into a cache
 
 
 class _Reader:
@@ -139,16 +138,15 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: GGMLQuantizati
         return plain_tensor(path, start, shape, kind.name)
     block, block_bytes = GGML_QUANT_SIZES[kind]
 
+    def expand(values: np.ndarray, stored: np.ndarray) -> None:
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite: who loads the tensor looks
+            values[...] = getattr(quants, kind.name).dequantize_blocks(stored)
+
     def read() -> np.ndarray:
-        blocks, group = math.prod(shape) // block, _GROUP_ELEMENTS // block
+        blocks = math.prod(shape) // block
+        stored = np.fromfile(path, np.uint8, blocks * block_bytes, offset=start)
         values = aligned((blocks, block), np.float32)
-        # A damaged scale may be infinite: who loads the tensor looks.
-        with open(path, "rb") as file, np.errstate(all="ignore"):
-            file.seek(start)
-            for i in range(0, blocks, group):
-                row = np.fromfile(file, np.uint8, min(group, blocks - i) * block_bytes)
-                # As one row: `gguf` would loop over groups of 16 in Python.
-                values[i : i + group] = quants.dequantize(row[None], kind).reshape(-1, block)
+        in_parts(expand, values, stored.reshape(blocks, block_bytes))
         return values.reshape(shape)
 
     return StoredTensor(shape, kind.name, read)

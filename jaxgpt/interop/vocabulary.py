@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import reading, write_atomically
+from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.tokenizer.base import Kind
 from jaxgpt.tokenizer.bpe import CUTTINGS, tokenizer_json
@@ -18,8 +19,6 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of any model: what `load_tokenizer` takes, or a .gguf file. Raises BadFileError."""
     if path.suffix != ".gguf":
         return load_tokenizer(path)
-    from jaxgpt.interop.gguf import read_gguf  # 0.1 s, for nothing where there is no GGUF
-
     return from_gguf(read_gguf(path)[0], f"tokenizer {path}")
 
 

@@ -5,11 +5,12 @@ and goes to its devices in parts: the host holds one at a time, and no device a 
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,10 +18,11 @@ from jax import Array
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import BadFileError, note
+from jaxgpt.generation.engine import for_decoding
 from jaxgpt.interop.configs import Family, Row
-from jaxgpt.interop.stored import FLOATS, StoredTensor, aligned
+from jaxgpt.interop.stored import FLOATS, StoredTensor, aligned, in_parts
 from jaxgpt.model import Transformer, axis_sizes, parameter_name
-from jaxgpt.sharding import place_shapes
+from jaxgpt.sharding import check_divides, place_shapes
 
 
 class Place(NamedTuple):
@@ -37,7 +39,13 @@ class Layout:
 
     family: Family
     config: ModelConfig
-    gguf: bool
+    gguf: bool = False
+    where: str = "model"  # how errors name it
+
+    @cached_property
+    def skeleton(self) -> Transformer:
+        """The shapes of the parameters, stacked."""
+        return jax.eval_shape(lambda: Transformer(self.config, jax.random.key(0)))
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -47,9 +55,8 @@ class Layout:
     @cached_property
     def tensors(self) -> dict[str, list[Place]]:
         """Stored name ({} layer, {e} expert) -> the parameters in it, one behind the other along what is not D."""
-        model = jax.eval_shape(lambda: Transformer(self.config, jax.random.key(0)))
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(model)]
-        there = {parameter_name(path).removeprefix("layers.") for path in paths}
+        leaves = jax.tree_util.tree_leaves_with_path(self.skeleton)
+        there = {parameter_name(path).removeprefix("layers.") for path, _ in leaves}
         found: dict[str, list[Place]] = {}
         for row in self.family.rows:
             if row.name in there:
@@ -67,11 +74,12 @@ class Layout:
                 before.append(Place(row, "".join(axes), tuple(at)))
         return found
 
-    def each(self, name: str) -> Iterator[tuple[str, int | None, int | None]]:
-        """Every tensor of a stored name, with its layer and its expert."""
-        layers = range(self.config.n_layers) if "{}" in name else [None]
-        experts = range(self.config.n_experts) if "{e}" in name else [None]
-        return ((name.format(layer, e=expert), layer, expert) for layer in layers for expert in experts)
+    def each(self) -> Iterator[tuple[str, str, int | None, int | None]]:
+        """Every stored tensor: its name, that in `tensors`, its layer, its expert."""
+        for name in self.tensors:
+            layers = range(self.config.n_layers) if "{}" in name else [None]
+            experts = range(self.config.n_experts) if "{e}" in name else [None]
+            yield from ((name.format(layer, e=expert), name, layer, expert) for layer in layers for expert in experts)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """That of each tensor of a stored name."""
@@ -94,30 +102,37 @@ class Layout:
         return array - np.float32(1) if stores_one_more else array
 
 
-def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor], where: str) -> None:
+def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
     """Raise BadFileError, naming the tensor, unless exactly those of the configuration are there in their shapes.
     Tensors that older files hold although they are computed, or tied to another, are counted on standard error."""
     left = dict(tensors)
-    for stored_name in layout.tensors:
-        wanted = layout.shape(stored_name)
-        for name, _, _ in layout.each(stored_name):
-            found = left.pop(name, None)
-            if found is None or found.shape != wanted or found.kind not in FLOATS:
-                other = found and f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
-                what = other or f"there is no tensor {name}"
-                raise BadFileError(f"{where}: {what}; restore the file, or mend its configuration")
+    for name, stored_name, _, _ in layout.each():
+        found, wanted = left.pop(name, None), layout.shape(stored_name)
+        if found is None or found.shape != wanted or found.kind not in FLOATS:
+            other = found and f"tensor {name} is {found.kind}{list(found.shape)} and must be a float{list(wanted)}"
+            what = other or f"there is no tensor {name}"
+            raise BadFileError(f"{layout.where}: {what}; restore the file, or mend its configuration")
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
     unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
     if unused:
-        note(f"{where}: {len(unused)} tensors are computed here, such as {unused[0]!r}")
+        note(f"{layout.where}: {len(unused)} tensors are computed here, such as {unused[0]!r}")
     unknown = left.keys() - {*unused, *["rope_freqs.weight"] * layout.gguf}
     if unknown:
         what = f"{len(unknown)} tensors are unknown to {layout.family.model_type}, such as {min(unknown)!r}"
-        raise BadFileError(f"{where}: {what}; this model has parts that are not implemented")
+        raise BadFileError(f"{layout.where}: {what}; this model has parts that are not implemented")
 
 
-def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredTensor], where: str) -> Any:
-    """`abstract` (`jax.eval_shape` of a Transformer) with the parameters of a file. BadFileError for one not finite."""
+def load_weights(layout: Layout, tensors: Mapping[str, StoredTensor], *, for_training: bool = False) -> Transformer:
+    """The parameters of a model, on the current mesh, as `load_model` says. Raises BadFileError for those that are not
+    the configuration's, not finite, or more than the memory holds, ConfigError where the mesh does not fit."""
+    check_tensors(layout, tensors)
+    check_divides(jax.sharding.get_mesh(), layout.config)
+    abstract = layout.skeleton if for_training else jax.eval_shape(for_decoding, layout.skeleton)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)) / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if needed > there and jax.default_backend() == "cpu":
+        what = f"{needed:.0f} GiB of parameters, and {there:.0f} of memory"
+        raise BadFileError(f"{layout.where}: {what}; take a smaller model")
     place_of = {place.row.name: (name, place) for name, places in layout.tensors.items() for place in places}
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
@@ -131,9 +146,9 @@ def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredT
         if array.shape != leaf.shape or not array.flags.c_contiguous or array.dtype != leaf.dtype:
             first, array = array, aligned(leaf.shape, leaf.dtype)  # rows that round the vocabulary up stay 0
             for target, value in zip(array if stacked else [array], itertools.chain([first], values), strict=True):
-                target[: len(value)] = value
+                in_parts(np.copyto, target[: len(value)], value)
         if not (np.isfinite(array.min()) and np.isfinite(array.max())):
-            raise BadFileError(f"{where}: parameter {name} is not finite; restore the file")
+            raise BadFileError(f"{layout.where}: parameter {name} is not finite; restore the file")
         return jax.device_put(array, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(fill, place_shapes(abstract))
@@ -141,7 +156,7 @@ def load_parameters(abstract: Any, layout: Layout, tensors: Mapping[str, StoredT
 
 def stored_tensors(model: Transformer, family: Family, kind: str = "F32") -> dict[str, StoredTensor]:
     """Every tensor of the family's safetensors, as `kind`, of stacked layers, fetched from the devices when read."""
-    layout = Layout(family, model.config, gguf=False)
+    layout = Layout(family, model.config)
     leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
     def read(stored_name: str, layer: int | None, expert: int | None) -> np.ndarray:
@@ -153,7 +168,6 @@ def stored_tensors(model: Transformer, family: Family, kind: str = "F32") -> dic
         return tensor
 
     return {
-        name: StoredTensor(layout.shape(each), kind, partial(read, each, layer, expert))
-        for each in layout.tensors
-        for name, layer, expert in layout.each(each)
+        name: StoredTensor(layout.shape(stored_name), kind, partial(read, stored_name, layer, expert))
+        for name, stored_name, layer, expert in layout.each()
     }

@@ -65,10 +65,6 @@ class MetricsLog(contextlib.ExitStack):
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
-    def sync(self) -> None:
-        """Return when all records are on the disk: before a checkpoint that follows them."""
-        os.fsync(self._file.fileno())
-
 
 def _event(**fields: Any) -> bytes:
     """One record of TensorBoard's file: length, its checksum, a protocol buffer, its checksum."""

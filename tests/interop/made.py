@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig, TokenizerConfig
+from jaxgpt.interop import load as load_module
 from jaxgpt.interop.configs import family_of, read_config, write_config
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.vocabulary import write_tokenizer
-from jaxgpt.interop.weights import stored_tensors
+from jaxgpt.interop.weights import load_weights, stored_tensors
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import place_shapes
 from jaxgpt.tokenizer import Tokenizer, train_tokenizer
@@ -111,3 +112,9 @@ def _logits(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 def logits_of(model: Transformer, length: int = 40) -> np.ndarray:
     tokens_BT = np.random.default_rng(0).integers(0, 300, (2, length))
     return np.asarray(_logits(model, jnp.asarray(tokens_BT, jnp.int32)))
+
+
+def load(path: Path, *, for_training: bool = False) -> Transformer:
+    """The weights of a foreign model, without its tokenizer."""
+    layout, tensors, _ = load_module.open_model(path)  # by its module: a test watches what it opens
+    return load_weights(layout, tensors, for_training=for_training)

@@ -64,7 +64,7 @@ def _divisors(config: ModelConfig) -> np.ndarray:
 def tensors_of(hf: Mapping[str, np.ndarray], config: ModelConfig, family: Family) -> dict[str, np.ndarray]:
     """Tensors of safetensors in the names, shapes and orders of GGUF."""
     found = {}
-    for stored_name, places in Layout(family, config, gguf=False).tensors.items():
+    for stored_name, places in Layout(family, config).tensors.items():
         row = places[0].row
         for i in range(config.n_layers) if "{}" in stored_name else [0]:
             array = hf[stored_name.format(i, e=0)]

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 
 from jaxgpt.interop.configs import FAMILIES, family_of, read_config, write_config
-from jaxgpt.interop.load import load_weights
+from jaxgpt.interop.load import open_model
 from jaxgpt.interop.safetensors_dir import write_safetensors
 from jaxgpt.interop.weights import stored_tensors
 
@@ -109,7 +110,7 @@ def test_logits_are_those_of_transformers(case: tuple, mesh_of: Callable) -> Non
     for length in LENGTHS.get(name, [24]):
         tokens = np.random.default_rng(length).integers(0, 61, (2, length))
         with mesh_of():
-            ours = our_logits(load_weights(directory)[1], tokens)
+            ours = our_logits(made.load(directory), tokens)
         theirs = their_logits(model, tokens)
         assert np.abs(theirs).max() > 0.5
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
@@ -119,10 +120,8 @@ def test_stacked_for_training_is_the_same_model(case: tuple, mesh_of: Callable) 
     _, directory, _ = case
     tokens = np.random.default_rng(0).integers(0, 61, (2, 12))
     with mesh_of():
-        _, stacked = load_weights(directory, for_training=True)
-        np.testing.assert_allclose(
-            our_logits(stacked, tokens), our_logits(load_weights(directory)[1], tokens), atol=2e-5
-        )
+        stacked = made.load(directory, for_training=True)
+        np.testing.assert_allclose(our_logits(stacked, tokens), our_logits(made.load(directory), tokens), atol=2e-5)
 
 
 def test_exports_what_transformers_reads_back(case: tuple, mesh_of: Callable, tmp_path: Path) -> None:
@@ -131,7 +130,7 @@ def test_exports_what_transformers_reads_back(case: tuple, mesh_of: Callable, tm
 
     name, directory, model = case
     with mesh_of():
-        family, ours = load_weights(directory, for_training=True)
+        family, ours = open_model(directory)[0].family.model_type, made.load(directory, for_training=True)
         _, hf = write_config(ours.config, family)
         (tmp_path / "config.json").write_text(json.dumps(hf | IDS | {"dtype": "float32"}))
         write_safetensors(tmp_path, stored_tensors(ours, family_of(family, name)))

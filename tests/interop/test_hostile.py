@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import made
 import made_gguf
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from crafted import (
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError
 from jaxgpt.interop.gguf import read_gguf
-from jaxgpt.interop.load import load_model, load_weights
+from jaxgpt.interop.load import load_model
 from jaxgpt.interop.safetensors_dir import read_safetensors
 from jaxgpt.tokenizer import train_tokenizer
 
@@ -48,7 +49,7 @@ def one_device_mesh(mesh_of: Callable) -> Iterator[None]:
 def assert_refused(path: Path, message: str) -> None:
     began = time.process_time()
     with pytest.raises(BadFileError, match=message) as caught:
-        load_weights(path)
+        made.load(path)
     assert time.process_time() - began < 5
     said = str(caught.value)
     assert said.isprintable() and any(sign in said for sign in ("; ", ": model.", "config.json: "))
@@ -370,7 +371,7 @@ def test_weights_that_are_not_finite(stored: str, parameter: str, value: float, 
     path.write_bytes(raw[:at] + struct.pack("<f", value) + raw[at + 4 :])
     assert_refused(tmp_path, f"parameter {parameter} is not finite")
     with pytest.raises(BadFileError, match=f"parameter {parameter.replace('1.', '').replace('0.', '')} is not finite"):
-        load_weights(tmp_path, for_training=True)
+        made.load(tmp_path, for_training=True)
 
 
 def test_other_tensors_than_the_models(tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_other_tensors_than_the_models(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(safetensors_file(header, data))
 
     write(arrays)
-    load_weights(tmp_path)
+    made.load(tmp_path)
     write({each: array for each, array in arrays.items() if each != name})
     assert_refused(tmp_path, f"there is no tensor {name}")
     write(arrays | {"model.layers.2.mlp.up_proj.weight": np.zeros(3, np.float32)})
@@ -493,7 +494,7 @@ BAD_INDEX: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_bad_index(case: str, tmp_path: Path) -> None:
     damage, message = BAD_INDEX[case]
     write_directory(tmp_path / "model", shards=3)
-    load_weights(tmp_path / "model")
+    made.load(tmp_path / "model")
     damage(tmp_path / "model")
     assert_refused(tmp_path / "model", message)
 
@@ -505,7 +506,7 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
     never = r"model\.safetensors: there is no such file; fetch or make it \(files of other kinds, .* never are\)"
     assert_refused(tmp_path, never)
     with pytest.raises(BadFileError, match=r"it must be a \.gguf file, or a directory with config"):
-        load_weights(tmp_path / name)
+        made.load(tmp_path / name)
     (tmp_path / name).unlink()
     assert_refused(tmp_path, never)
 
@@ -606,7 +607,7 @@ def test_a_bad_config(case: str, tmp_path: Path) -> None:
 def test_a_bad_window(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5}
     write_directory(tmp_path, **mistral)
-    load_weights(tmp_path)
+    made.load(tmp_path)
     write_directory(tmp_path, **(mistral | changes))
     assert_refused(tmp_path, message)
 

@@ -12,8 +12,8 @@ from crafted import LLAMA, SETTINGS, at_most, gguf_file, gguf_parts, write_direc
 from safetensors import safe_open
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.load import load_weights, open_model
-from jaxgpt.interop.weights import check_tensors
+from jaxgpt.interop.load import open_model
+from jaxgpt.interop.weights import check_tensors, load_weights
 
 EXTREMES = (0, 1, 2, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 """What the fields of a file's numbers are set to."""
@@ -66,14 +66,14 @@ def mutated_json(value: Any, draw: random.Random) -> Any:
 
 def use(path: Path, *, load: bool) -> None:
     """Do with a model file what loading does; all of it only if `load`, since that takes longest."""
-    layout, found = open_model(path)
-    check_tensors(layout, found, str(path))
+    layout, found, _ = open_model(path)
+    check_tensors(layout, found)
     assert all(tensor.read().shape == tensor.shape for tensor in found.values())
     if (path / "model.safetensors").exists():
         with safe_open(path / "model.safetensors", "numpy") as opened:  # what the library refuses is refused
             assert set(opened.keys()) == found.keys()
     if load:
-        model = load_weights(path)[1]
+        model = load_weights(layout, found)
         assert len(model.layers) == layout.config.n_layers
 
 

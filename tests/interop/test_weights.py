@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.interop import load as load_module
 from jaxgpt.interop.configs import FAMILIES, Family, canonical
-from jaxgpt.interop.load import load_model, load_weights
+from jaxgpt.interop.load import load_model
 from jaxgpt.interop.stored import StoredTensor
 from jaxgpt.interop.weights import Layout, check_tensors
 from jaxgpt.model import Transformer, parameter_name
@@ -55,10 +55,10 @@ def test_every_family_is_here() -> None:
 def test_a_directory_is_read_back_bit_for_bit(case: tuple, mesh_of: Callable) -> None:
     name, directory, model = case
     with mesh_of():
-        family, stacked = load_weights(directory, for_training=True)
-        _, unstacked = load_weights(directory)
+        stacked = made.load(directory, for_training=True)
+        unstacked = made.load(directory)
         before, after, alone = leaves(model), leaves(stacked), leaves(unstacked)
-    assert family == (made.FAMILIES | made.MORE)[name]["model_type"]
+    assert load_module.open_model(directory)[0].family.model_type == (made.FAMILIES | made.MORE)[name]["model_type"]
     assert before.keys() == after.keys()
     for parameter, array in before.items():
         np.testing.assert_array_equal(after[parameter], array, parameter)
@@ -143,7 +143,7 @@ def test_a_tensor_that_is_missing_unknown_or_damaged_is_refused_by_name(
     change(tensors)
     save_file(tensors, llama / "model.safetensors")
     with mesh_of(), pytest.raises(BadFileError) as error:
-        load_weights(llama)
+        made.load(llama)
     assert message in str(error.value) and str(error.value).startswith(f"model {llama}: ")
 
 
@@ -151,14 +151,14 @@ def test_nothing_is_read_before_every_name_and_shape_is_compared(llama: Path) ->
     def read() -> np.ndarray:
         raise AssertionError("read too early")
 
-    layout, tensors = load_module.open_model(llama)
+    layout, tensors, _ = load_module.open_model(llama)
     unread = {name: StoredTensor(tensor.shape, tensor.kind, read) for name, tensor in tensors.items()}
-    check_tensors(layout, unread, "model")
+    check_tensors(layout, unread)
     last = unread.pop("lm_head.weight")
     with pytest.raises(BadFileError, match=r"no tensor lm_head\.weight"):
-        check_tensors(layout, unread, "model")
+        check_tensors(layout, unread)
     with pytest.raises(BadFileError, match="unknown to llama"):
-        check_tensors(layout, unread | {"lm_head.weight": last, "x": last}, "model")
+        check_tensors(layout, unread | {"lm_head.weight": last, "x": last})
 
 
 def test_what_is_computed_or_tied_is_counted_and_left_out(
@@ -178,7 +178,7 @@ def test_what_is_computed_or_tied_is_counted_and_left_out(
                 tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4) for i in range(4)}
                 tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
             save_file(tensors, tmp_path / name / "model.safetensors")
-            _, again = load_weights(tmp_path / name, for_training=True)
+            again = made.load(tmp_path / name, for_training=True)
             np.testing.assert_array_equal(made.logits_of(again), made.logits_of(model))
             count = {"gpt2": 8, "llama 3": 5}[name]
             assert f"{count} tensors are computed here, such as " in capsys.readouterr().err
@@ -189,11 +189,11 @@ def test_halves_are_read_as_what_they_are(dtype: str, llama: Path, mesh_of: Call
     import ml_dtypes
 
     narrow = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}[dtype]
-    layout, tensors = load_module.open_model(llama)
+    layout, tensors, _ = load_module.open_model(llama)
     arrays = {name: tensor.read().astype(narrow) for name, tensor in tensors.items()}
     save_file(arrays, llama / "model.safetensors")
     with mesh_of():
-        _, model = load_weights(llama)
+        model = made.load(llama)
     up = np.asarray(model.layers[2].mlp.up.kernel[...])
     assert up.dtype == np.float32
     np.testing.assert_array_equal(up, arrays[UP].astype(np.float32).T)
@@ -232,9 +232,10 @@ class Watch:
         self.most_read = self.placed = self.cut = 0
         real_open, real_put = load_module.open_model, jax.device_put
 
-        def opened(path: Path) -> tuple[Layout, dict[str, StoredTensor]]:
-            layout, tensors = real_open(path)
-            return layout, {n: StoredTensor(t.shape, t.kind, self.reading(t)) for n, t in tensors.items()}
+        def opened(path: Path) -> tuple[Layout, dict[str, StoredTensor], Callable]:
+            layout, tensors, tokenizer = real_open(path)
+            watched = {n: StoredTensor(t.shape, t.kind, self.reading(t)) for n, t in tensors.items()}
+            return layout, watched, tokenizer
 
         def put(array: Any, sharding: Any) -> jax.Array:
             assert isinstance(array, np.ndarray), "it is on a device already"
@@ -276,7 +277,7 @@ def test_parameters_go_to_their_devices_in_parts(
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
     watch = Watch(monkeypatch)
     with mesh_of(*sizes):
-        _, loaded = load_weights(tmp_path / "hf", for_training=for_training)
+        loaded = made.load(tmp_path / "hf", for_training=for_training)
         assert watch.placed == len(jax.tree.leaves(loaded)) and watch.cut >= (9 if for_training else 30)
         assert watch.most_read <= (6 if name == "mixtral" else 2), "all experts of one layer are one parameter"
         born = jax.eval_shape(lambda: Transformer(loaded.config, jax.random.key(0)))

@@ -25,7 +25,7 @@ from jaxgpt.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingCon
 from jaxgpt.data.loader import Batch
 from jaxgpt.interop.configs import family_of
 from jaxgpt.interop.stored import StoredTensor
-from jaxgpt.interop.weights import Layout, load_parameters, stored_tensors
+from jaxgpt.interop.weights import Layout, load_weights, stored_tensors
 from jaxgpt.kernels.cross_entropy import LossOptions
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import shard
@@ -108,15 +108,14 @@ def batch_of(kind: str, reference: Reference) -> Batch:
 
 
 def layout(case: Case) -> Layout:
-    return Layout(family_of("gpt2" if case.model.positions == "learned" else "llama", "reference"), case.model, False)
+    return Layout(family_of("gpt2" if case.model.positions == "learned" else "llama", "reference"), case.model)
 
 
 def load(case: Case, reference: Reference, padding: float = 0.0) -> Transformer:
     """The reference's model in jaxgpt, on the mesh, with `padding` added to the vocabulary's padding rows."""
     weights = under("weights/", reference)
     tensors = {name: StoredTensor(array.shape, "F32", lambda array=array: array) for name, array in weights.items()}
-    skeleton = jax.eval_shape(lambda: Transformer(case.model, jax.random.key(0)))
-    model = load_parameters(skeleton, layout(case), tensors, "reference")
+    model = load_weights(layout(case), tensors, for_training=True)
 
     def pad(path: tuple, leaf: jax.Array) -> jax.Array:
         if parameter_name(path) not in ("token_embedding", "unembedding"):
