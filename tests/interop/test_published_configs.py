@@ -328,7 +328,7 @@ def test_no_value_anywhere_is_a_traceback(data: st.DataObject) -> None:
         place[key] = data.draw(JSON)
     try:
         family, config = read_config(hf, "w")
-        check_tensors(Layout(family, config), {})
+        check_tensors(Layout(family, config, where="w"), {})
     except BadFileError as error:
         assert str(error).startswith("w: ")
 
