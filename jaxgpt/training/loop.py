@@ -20,7 +20,6 @@ from jaxgpt.data.loader import Batch, EvalWindows, Loader
 from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import BadFileError, ConfigError, Stopped, StorageError, TrainingError
-from jaxgpt.files import sync
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import parameter_count
@@ -155,7 +154,7 @@ class Trainer:
         complete = not self.evaluation_due(step) or self.evaluate(step, state)
         stopping = self.stopping  # asked once, since a signal may come between two lines
         if stopping or self.save_due(step):
-            sync(self.config.run_path / "metrics.jsonl")  # the records of a step are durable before it is
+            os.fsync(self.log.file.fileno())  # the records of a step are durable before it is
             self.checkpoints.save(step, state.model, state.rest, self.provenance)
         if stopping and not (complete and step == self.last):
             self.checkpoints.wait()

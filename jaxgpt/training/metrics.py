@@ -46,7 +46,7 @@ class MetricsLog(contextlib.ExitStack):
                     if "val_loss" in record:
                         self.evaluated.add(record["step"])
         write_atomically(path, b"".join(kept))
-        self._file = self.enter_context(path.open("ab", buffering=0))
+        self.file = self.enter_context(path.open("ab", buffering=0))
         # Not tensorboardX's SummaryWriter: it writes in a thread, which a full disk ends, and training waits for ever.
         (config.run_path / "tensorboard").mkdir(exist_ok=True)
         board = config.run_path / f"tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}"
@@ -56,7 +56,7 @@ class MetricsLog(contextlib.ExitStack):
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
-        append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
+        append(self.file, json.dumps(record, allow_nan=False).encode() + b"\n")
         if "val_loss" in record:
             self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}

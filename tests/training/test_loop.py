@@ -342,6 +342,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny: TrainConfig, command: Call
     assert step == 4
 
 
+@pytest.mark.usefixtures("one_device")
+def test_records_that_somebody_moves_away_end_no_run(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A rotated log: what is open is still written and made durable before a checkpoint."""
+    after_report(monkeypatch, 2, lambda: (tmp_path / "metrics.jsonl").rename(tmp_path / "older"))
+    train(with_options(tiny, tmp_path, training=dict(steps=8)))
+    assert saved_steps(tmp_path)[-1] == 8
+    assert len((tmp_path / "older").read_text().splitlines()) >= 4
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_state_that_is_not_finite_is_not_saved(tiny: TrainConfig, tmp_path: Path) -> None:
