@@ -140,7 +140,8 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: GGMLQuantizati
 
     def expand(values: np.ndarray, stored: np.ndarray) -> None:
         with np.errstate(all="ignore"):  # a damaged scale may be infinite: who loads the tensor looks
-            values[...] = getattr(quants, kind.name).dequantize_blocks(stored)
+            # As one row: `gguf` would loop over groups of 16 in Python.
+            values[...] = quants.dequantize(stored.reshape(1, -1), kind).reshape(-1, block)
 
     def read() -> np.ndarray:
         blocks = math.prod(shape) // block

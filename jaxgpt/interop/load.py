@@ -54,11 +54,11 @@ def open_model(path: Path, dtype: Dtype = "float32") -> tuple[Layout, dict[str, 
             raise BadFileError(f"{where}: it must be a .gguf file, or a directory with config.json")
         settings, tensors = read_gguf(path)
         family, config = read_gguf_config(settings, tensors, where)
-        layout = Layout(family, replace(config, dtype=dtype), True, where)
+        layout = Layout(family, replace(config, dtype=dtype), gguf=True, where=where)
         return layout, tensors, partial(from_gguf, settings, f"tokenizer {path}")
     family, config = read_config(read_json(path / "config.json", limit=2**20), str(path / "config.json"))
     prefix, tensors = family.prefix, read_safetensors(path)
     named = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
     if len(named) < len(tensors):
         raise BadFileError(f"{where}: a tensor is there with and without {prefix!r}; restore the file")
-    return Layout(family, replace(config, dtype=dtype), False, where), named, partial(load_tokenizer, path)
+    return Layout(family, replace(config, dtype=dtype), where=where), named, partial(load_tokenizer, path)
