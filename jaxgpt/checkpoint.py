@@ -207,8 +207,7 @@ class Checkpoints(contextlib.ExitStack):
         super().__init__()
         _set_up_orbax()
         self.saved_step: int | None = None  # the newest step that is known to be durable
-        self._config = config
-        self._directory = (run_dir / "checkpoints").absolute()  # Orbax takes no other
+        self._config, self._directory = config, (run_dir / "checkpoints").absolute()  # Orbax takes no other
         self._pending: tuple[int, Future[None]] | None = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ class Generate(Compute):
     output: Path | None = None  # File for the answers, one JSON object a line. After a kill the same command goes on.
     format: Literal["jsonl", "text"] = "jsonl"  # What the lines of the input are: JSON, or the prompts themselves.
     shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
-    slots: int = 8  # Lines that are answered at the same time. The answers do not depend on it from 8 on.
+    slots: int = 8  # Lines that are answered at the same time. The answers are the same but for rounding.
     speculate: int = 0  # Tokens to guess at a time from what a text repeats: faster, same but for rounding (try 7).
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
@@ -162,7 +162,7 @@ class Generate(Compute):
             from jaxgpt.checkpoint import fingerprint
             from jaxgpt.interop.chat import encode_chat
 
-            rounding = f"{self.speculate} {min(self.slots, 8)}"
+            rounding = f"{self.speculate} {self.slots}"
             model = f"{trained.config} {trained.tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
             job.run(engine, lambda said: encode_chat(trained.tokenizer, said), model)
 
@@ -282,15 +282,9 @@ def bench(arguments: list[str], program: str) -> None:
 
 
 VERBS: dict[str, Any] = {  # a class of options, or a function of the words behind the verb and the program's name
-    "train": train,
-    "generate": Generate,
-    "chat": Chat,
-    "convert": Convert,
-    "verify": Verify,
-    "tokenize": Tokenize,
-    "data prepare": prepare,
-    "bench": bench,
-}
+    "train": train, "generate": Generate, "chat": Chat, "convert": Convert, "verify": Verify, "tokenize": Tokenize,
+    "data prepare": prepare, "bench": bench,
+}  # fmt: skip
 
 
 def dispatch(arguments: list[str], program: str | None = None) -> None:

@@ -23,35 +23,28 @@ class JaxgptError(Exception):
 
     exit_status = 70
 
+    def __init_subclass__(cls, exit_status: int = 70) -> None:
+        cls.exit_status = exit_status
 
-class ConfigError(JaxgptError):
+
+class ConfigError(JaxgptError, exit_status=2):
     """The command line or the configuration is wrong."""
 
-    exit_status = 2
 
-
-class BadFileError(JaxgptError):
+class BadFileError(JaxgptError, exit_status=65):
     """A data, tokenizer, model or checkpoint file is bad."""
 
-    exit_status = 65
 
-
-class StorageError(JaxgptError):
+class StorageError(JaxgptError, exit_status=74):
     """Reading or writing failed: disk full, read-only, no permission."""
 
-    exit_status = 74
 
-
-class Stopped(JaxgptError):
+class Stopped(JaxgptError, exit_status=75):
     """Stopped on purpose; whatever was finished is saved."""
 
-    exit_status = 75
 
-
-class SlowerError(JaxgptError):
+class SlowerError(JaxgptError, exit_status=1):
     """A benchmark found what is slower than its baseline."""
-
-    exit_status = 1
 
 
 class TrainingError(JaxgptError):
@@ -93,8 +86,7 @@ def run_command(command: Callable[[list[str]], object]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the character for plus-minus must not end a run
-    arguments = [word for word in sys.argv[1:] if word != "--debug"]
-    debug = len(arguments) != len(sys.argv) - 1
+    arguments, debug = [word for word in sys.argv[1:] if word != "--debug"], "--debug" in sys.argv[1:]
     try:
         try:
             command(arguments)

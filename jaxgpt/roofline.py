@@ -26,8 +26,7 @@ def forward_flops_per_token(config: ModelConfig) -> float:
     mlp = D * config.ff_dim * (3 if config.gated_mlp else 2)
     if config.n_experts:  # those that a token is sent to, and the router
         mlp = config.experts_per_token * mlp + D * config.n_experts
-    products = D * K * (2 * H + 2 * G) + mlp
-    seen = np.arange(1, config.context_length + 1)
+    products, seen = D * K * (2 * H + 2 * G) + mlp, np.arange(1, config.context_length + 1)
     keys = sum(np.minimum(seen, window or seen).mean() for window in config.layer_windows)
     attention = 2 * H * K * keys  # scores, and the weighted mean of the values
     return 2.0 * (config.n_layers * products + D * (config.vocab_size or 0) + attention)

@@ -51,9 +51,8 @@ def torch_training(config: TrainConfig) -> Iterator[Contender]:
 
     for name, kind in {"torch eager": loss, "torch compiled": torch.compile(loss)}.items():
         network = gpt2(config.model)
-        rule = torch.optim.AdamW(
-            network.parameters(), lr=o.peak_lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
-        )
+        options: Any = dict(lr=o.peak_lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
+        rule = torch.optim.AdamW(network.parameters(), **options)
         call = functools.partial(step, kind, network, rule)
         yield Contender(f"train {config.name}", name, call, {"tokens": batch.tokens.size})
 

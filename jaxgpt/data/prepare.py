@@ -41,9 +41,8 @@ def prepare_corpora(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Token
     path = tokenizer.path or next(iter(prepared), None)
     of_text = [corpus for corpus in corpora if isinstance(corpus, TextCorpus)]
     chosen = load_tokenizer(path) if path else _tokenizer_of(of_text, tokenizer, data)
-    return chosen, [
-        open_tokenized(corpus, chosen) if isinstance(corpus, Path) else _prepare(corpus, chosen) for corpus in corpora
-    ]
+    opened = [open_tokenized(each, chosen) if isinstance(each, Path) else _prepare(each, chosen) for each in corpora]
+    return chosen, opened
 
 
 def _tokenizer_of(texts: list["TextCorpus"], config: TokenizerConfig, data: DataConfig) -> Tokenizer:
@@ -108,8 +107,7 @@ class TextCorpus:
     @cached_property
     def survey(self) -> Survey:
         """Read everything once. When the hashes leave a side empty (one book), the end of the corpus is held out."""
-        problems, text_bytes = Problems(self.data.max_bad_documents), 0
-        lengths = [0, 0]  # characters on each side
+        problems, text_bytes, lengths = Problems(self.data.max_bad_documents), 0, [0, 0]  # characters on each side
         for held_out, text in self._read(problems):
             text_bytes += len(text.encode())
             lengths[held_out] += len(text)
@@ -205,8 +203,7 @@ def _encode(documents: Iterator[str], tokenizer: Tokenizer, what: str) -> Iterat
 
 
 def _take(documents: Iterator[str]) -> list[str]:
-    batch: list[str] = []
-    characters = 0
+    batch, characters = list[str](), 0
     while characters < BATCH_CHARACTERS and (document := next(documents, None)):
         batch.append(document)
         characters += len(document)

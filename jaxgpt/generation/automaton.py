@@ -20,8 +20,7 @@ _MOST = 2**28  # entries of a table, two bytes each: 5461 states of 49152 tokens
 def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: tuple[int, ...]) -> np.ndarray:
     """Int16 [N, V]: the next state, -1 where a token may not come, for texts all of which `regex` matches, or that are
     JSON which `json_schema` allows. State 0 is the first. `tokens` are the bytes of each id, none for one that may not
-    come; one of `ends` may come behind a complete text. Raises ConfigError for what is wrong, too large, or impossible.
-    """
+    come; one of `ends` may come behind a complete text. Raises ConfigError for what is wrong, too large, impossible."""
     what = f"json_schema {json_schema!r:.100}" if json_schema else f"regex {regex!r:.100}"
     try:
         found = in_process(_byte_automaton, _SECONDS, regex=regex, json_schema=json_schema)

@@ -89,8 +89,7 @@ class Rules(NamedTuple):
     @classmethod
     def of(cls, params: SamplingParams, prompt_length: int, context: int, ends: tuple, sample: int) -> "Rules":
         """The rules of one sample of a request that `ends` end."""
-        bias = dict(params.logit_bias)
-        floats = ("temperature", "top_p", "min_p", "typical_p")
+        bias, floats = dict(params.logit_bias), ("temperature", "top_p", "min_p", "typical_p")
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
         def padded(values: Iterable[float], size: int, fill: float, dtype: type) -> np.ndarray:

@@ -47,8 +47,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     what `encode_chat` and `Engine.stream` raise; in a terminal a message that is refused is only reported."""
     start = [{"role": "system", "content": system}] if system else []
     encode_chat(tokenizer, [*start, {"role": "user", "content": "?"}])  # a template that cannot work says so at once
-    messages = list(start)
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    messages, terminal = list(start), sys.stdin.isatty() and sys.stdout.isatty()
     stop, refusal = (KeyboardInterrupt, ConfigError) if terminal else ((), ())  # elsewhere they end it all
     if terminal:
         with contextlib.suppress(ImportError):

@@ -68,8 +68,7 @@ class Family:
 
 
 def _families(table: dict[str, Any]) -> tuple[Family, ...]:
-    groups = {name: [Row(*row) for row in rows] for name, rows in table["rows"].items()}
-    found = []
+    groups, found = {name: [Row(*row) for row in rows] for name, rows in table["rows"].items()}, list[Family]()
     for name, entry in table["family"].items():
         if like := entry.pop("like", None):
             base: dict[str, Any] = table["family"][like]

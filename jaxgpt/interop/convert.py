@@ -59,8 +59,7 @@ def _write_run(trained: TrainedModel, directory: Path) -> None:
 
 
 def _write_hf(trained: TrainedModel, directory: Path, dtype: Dtype) -> None:
-    family, hf = write_config(trained.config, trained.family)
-    tokenizer = trained.tokenizer
+    (family, hf), tokenizer = write_config(trained.config, trained.family), trained.tokenizer
     hf |= {"dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.pad_id}
     hf |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     directory.mkdir()

@@ -39,8 +39,7 @@ def load_model(
         trained = load_run(path, step)
         return trained if for_training else replace(trained, model=for_decoding(trained.model))
     layout, tensors, open_tokenizer = open_model(path, dtype or "float32")
-    tokenizer = open_tokenizer()
-    model = load_weights(layout, tensors, for_training=for_training)
+    tokenizer, model = open_tokenizer(), load_weights(layout, tensors, for_training=for_training)
     if (more := tokenizer.vocab_size - (model.config.vocab_size or 0)) > 0:
         note(f"{path}: {more} tokens of its tokenizer have no embedding")
     return TrainedModel(model.config, tokenizer, model, layout.family.model_type)

@@ -62,7 +62,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise BadFileError(f"{where}: {len(header)} tensors are more than {MAX_TENSORS}; take another model")
-    tensors, ranges = {}, []
+    tensors, ranges, at = {}, [], 0
     for name, entry in header.items():
         match entry:
             case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
@@ -72,7 +72,6 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
                 ranges.append((begin, end, f"tensor {name!r}"))
             case _:
                 raise BadFileError(f"{where}: tensor {name!r} cannot be {entry!r:.200}; fetch the file again")
-    at = 0
     for begin, end, name in [*sorted(ranges), (room, room, "the end")]:
         if begin != at:
             raise BadFileError(f"{where}: {name} is at byte {begin} of the data, not at {at}; fetch the file again")

@@ -15,8 +15,7 @@ PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dty
 MAX_TENSORS = 100_000  # in a model's files: Qwen3-235B has 37,000, and each takes 2 kB before anything is read
 
 _PART = 2**19  # elements that a core works on at a time
-_N_CORES = os.cpu_count() or 1
-_CORES = ThreadPoolExecutor(_N_CORES)
+_CORES = ThreadPoolExecutor(_N_CORES := os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import jax
@@ -135,13 +136,18 @@ def load_weights(layout: Layout, tensors: Mapping[str, StoredTensor], *, for_tra
         raise BadFileError(f"{layout.where}: {what}; take a smaller model")
     place_of = {place.row.name: (name, place) for name, places in layout.tensors.items() for place in places}
 
+    block = abstract.layers[0] if isinstance(abstract.layers, tuple) else abstract.layers
+
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         name = parameter_name(path)
         bare = re.sub(r"^layers\.(\d+\.)?", "", name)
         numbered = re.match(r"layers\.(\d+)\.", name)
         stacked = bare != name and not numbered
         layers = range(layout.config.n_layers) if stacked else [int(numbered[1]) if numbered else None]
-        values = (layout.read(tensors, *place_of[bare], layer) for layer in layers)
+        stored_name, place = place_of[bare]
+        axes = attrgetter(bare.removesuffix(".kernel"))(block).kernel_axes if "kernel" in bare else place.row.axes
+        read = (layout.read(tensors, stored_name, place, layer) for layer in layers)
+        values = map(partial(np.einsum, f"{place.row.axes}->{axes}"), read)
         array = next(values)
         if array.shape != leaf.shape or not array.flags.c_contiguous or array.dtype != leaf.dtype:
             first, array = array, aligned(leaf.shape, leaf.dtype)  # rows that round the vocabulary up stay 0

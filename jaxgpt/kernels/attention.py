@@ -48,8 +48,7 @@ def causal_attention(
     times as fast in training, a sixth less memory. More than 8 blocks would only take longer to compile."""
     T = q_BTHK.shape[1]
     size = max(128, -(-T // 8))
-    block = jax.checkpoint(attention, static_argnums=(4, 5))
-    outs = []
+    block, outs = jax.checkpoint(attention, static_argnums=(4, 5)), []
     for end in range(size, T + size, size):
         rows, keys = slice(end - size, end), slice(0, end)
         outs.append(block(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTT[:, rows, keys], softcap, scale))

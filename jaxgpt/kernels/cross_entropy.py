@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgpt.kernels.matrix_first import matrix_first
 from jaxgpt.sharding import out_sharding, shard
 
 
@@ -25,10 +26,13 @@ class LossOptions(NamedTuple):
     chunks: int = 1
 
 
-def output_logits(x_BTD: Array, w_VD: Array, softcap: float | None) -> Array:
-    """Capped float32 logits [B, T, V], of padding rows too."""
-    where = out_sharding("BTV")
-    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=where)
+def output_logits(x_BTD: Array, w_VD: Array, softcap: float | None, few_rows: bool = False) -> Array:
+    """Capped float32 logits [B, T, V], of padding rows too; `few_rows` as `matrix_first` is good for."""
+    if few_rows:
+        logits_BTV = matrix_first(x_BTD, w_VD, "BTD", "VD", "BTV")
+    else:
+        where = out_sharding("BTV")
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=where)
     return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
 
 
@@ -48,8 +52,7 @@ def _in_chunks(
     """Loss and, in the same pass over the logits, its gradients for a cotangent of one."""
 
     def chunk(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        total, dw_VD = carry
-        x, labels, weights = inputs
+        (total, dw_VD), (x, labels, weights) = carry, inputs
         logits = output_logits(x, w_VD, options.softcap)
         if options.vocab_size < w_VD.shape[0]:
             real = jnp.arange(w_VD.shape[0]) < options.vocab_size

@@ -53,8 +53,7 @@ def mixture(
 def router_losses(logits_BTE: Array, experts_BTM: Array) -> Array:
     """Float32 [2], over all tokens: the balance loss E * sum_e(share of e * mean probability of e) (arXiv:2101.03961,
     equation 4; a token's shares add up to M), and the mean squared log-partition (arXiv:2202.08906, equation 5)."""
-    experts = logits_BTE.shape[-1]
-    logits_BTE = logits_BTE.astype(jnp.float32)
+    experts, logits_BTE = logits_BTE.shape[-1], logits_BTE.astype(jnp.float32)
     chosen_BTME = experts_BTM[..., None] == jnp.arange(experts)[None, None, None]
     share_E = chosen_BTME.sum(2).astype(jnp.float32).mean((0, 1))
     probability_E = jax.nn.softmax(logits_BTE).mean((0, 1))

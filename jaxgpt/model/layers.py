@@ -4,6 +4,7 @@ Modules are dataclasses with initialisers: parameters are float32 `nnx.Param`s, 
 method is a pure function. Letters: `jaxgpt/sharding.py`."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,15 @@ from jax import Array
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention, causal_attention
 from jaxgpt.kernels.experts import mixture, route, router_losses
+from jaxgpt.kernels.matrix_first import matrix_first
 from jaxgpt.model.rotary import Rotation, rotate
 from jaxgpt.sharding import PARAMETER, out_sharding, shard
 
 LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu, "relu": jax.nn.relu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-}
+}  # fmt: skip
 
 
 def weight(parameter: nnx.Param, axes: str, dtype: jax.typing.DTypeLike) -> Array:
@@ -66,17 +66,25 @@ class Projection(nnx.Module):
         self, equation: str, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool, residual: bool = False
     ) -> None:
         """`residual` marks a projection back into the residual stream: its std is divided by sqrt(2L), as in GPT-2."""
-        self.equation = equation
-        inputs, self.out_axes = equation.split("->")
-        self.kernel_axes = inputs.split(",")[1]
+        self.in_axes, self.kernel_axes, self.out_axes = re.split(",|->", equation)
         self.bias_axes = "".join(letter for letter in self.out_axes if letter in self.kernel_axes)
         std = 0.02 / (2 * config.n_layers) ** 0.5 if residual else 0.02
         self.kernel = normal(rngs, self.kernel_axes, config, std)
         self.bias = constant(self.bias_axes, config, 0.0) if bias else None
 
+    def turn(self) -> None:
+        """Store the outputs first, as `matrix_first` takes them; experts' stay."""
+        if "E" not in self.kernel_axes:
+            before, self.kernel_axes = self.kernel_axes, self.out_axes[2:] + self.in_axes[2:]
+            self.kernel = nnx.Param(jnp.einsum(f"{before}->{self.kernel_axes}", self.kernel[...]))
+
     def __call__(self, x: Array) -> Array:
         kernel = weight(self.kernel, self.kernel_axes, x.dtype)
-        y = jnp.einsum(self.equation, x, kernel, out_sharding=out_sharding(self.out_axes))
+        axes = self.in_axes, self.kernel_axes, self.out_axes
+        if self.kernel_axes[0] == self.out_axes[2]:
+            y = matrix_first(x, kernel, *axes).astype(x.dtype)
+        else:
+            y = jnp.einsum("{},{}->{}".format(*axes), x, kernel, out_sharding=out_sharding(self.out_axes))
         if self.bias is None:
             return y
         # In float32: the gradient adds up all tokens, and bfloat16 cannot count past 256.
@@ -95,8 +103,7 @@ class Norm(nnx.Module):
         self.bias = constant(axes, config, 0.0) if config.norm_bias and self.kind == "layernorm" else None
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        over = tuple(range(-len(self.axes), 0))
+        wide, over = x.astype(jnp.float32), tuple(range(-len(self.axes), 0))
         if self.kind == "layernorm":
             wide = wide - wide.mean(over, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(over, keepdims=True) + self.epsilon)
@@ -150,8 +157,7 @@ class FeedForward(nnx.Module):
     """Two projections around a non-linearity; gated (arXiv:2002.05202) multiplies in a third one."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        bias = config.mlp_bias
-        self.activate = ACTIVATIONS[config.activation]
+        bias, self.activate = config.mlp_bias, ACTIVATIONS[config.activation]
         self.up = Projection("BTD,DF->BTF", config, rngs, bias=bias)
         self.gate = Projection("BTD,DF->BTF", config, rngs, bias=bias) if config.gated_mlp else None
         self.down = Projection("BTF,FD->BTD", config, rngs, bias=bias, residual=True)
@@ -168,8 +174,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.activate, self.normalize = ACTIVATIONS[config.activation], config.normalize_experts
-        self.count = config.experts_per_token
-        self.router = Projection("BTD,DE->BTE", config, rngs, bias=False)
+        self.count, self.router = config.experts_per_token, Projection("BTD,DE->BTE", config, rngs, bias=False)
         self.gate = Projection("BTD,EDF->BTEF", config, rngs, bias=False)
         self.up = Projection("BTD,EDF->BTEF", config, rngs, bias=False)
         self.down = Projection("BTEF,EFD->BTD", config, rngs, bias=False, residual=True)
@@ -187,8 +192,7 @@ class Block(nnx.Module):
     """Attention and feed-forward, each with its norms, added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.norm_position = config.norm_position
-        after = config.norm_position == "both"
+        self.norm_position, after = config.norm_position, config.norm_position == "both"
         self.attention_norm = Norm("D", config)
         self.attention = Attention(config, rngs)
         self.attention_output_norm = Norm("D", config) if after else None

@@ -15,7 +15,7 @@ from jax import Array
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.cross_entropy import output_logits
-from jaxgpt.model.layers import Block, LayerCache, Norm, dropout, normal, sinusoids, weight
+from jaxgpt.model.layers import Block, LayerCache, Norm, Projection, dropout, normal, sinusoids, weight
 from jaxgpt.model.rotary import Rotation, rotations_of
 from jaxgpt.sharding import out_sharding, shard
 
@@ -36,7 +36,7 @@ class Transformer(nnx.Module):
         """Draw the parameters as GPT-2 or nanoGPT does. `config.vocab_size` must be set."""
         if config.vocab_size is None:
             raise ValueError("config.vocab_size is not set: take it from the tokenizer")
-        self.config = config
+        self.config, self.few_rows = config, False
         layers_key, rest_key = jax.random.split(key)
         rngs = nnx.Rngs(rest_key)
         self.token_embedding = normal(rngs, "VD", config)
@@ -80,8 +80,7 @@ class Transformer(nnx.Module):
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache, losses
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
-        dtype = jnp.dtype(self.config.dtype)
-        where = out_sharding("BTD")
+        dtype, where = jnp.dtype(self.config.dtype), out_sharding("BTD")
         # Cast after the look-up: the gradient adds up all uses of a token, and bfloat16 cannot count past 256.
         x_BTD = shard(self.token_embedding[...], "VD").at[tokens_BT].get(out_sharding=where).astype(dtype)
         if self.config.scale_embeddings:
@@ -107,8 +106,7 @@ class Transformer(nnx.Module):
 
         if config.remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
             run = jax.checkpoint(run, policy=_KEPT[config.remat])
-        windows = config.layer_windows
-        keys = None if key is None else jax.random.split(key, config.n_layers)
+        windows, keys = config.layer_windows, None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
             each = []
             for i, layer in enumerate(self.unstacked().layers):  # type: ignore[arg-type]
@@ -146,6 +144,13 @@ class Transformer(nnx.Module):
         model.layers = tuple(jax.tree.map(lambda p, i=i: p[i], self.layers) for i in range(self.config.n_layers))
         return model
 
+    def turn(self) -> None:
+        """Let `matrix_first` multiply, in place: for layers that are not stacked."""
+        self.few_rows = True
+        is_projection = lambda each: isinstance(each, Projection)  # noqa: E731
+        for projection in filter(is_projection, jax.tree.leaves(self.layers, is_leaf=is_projection)):
+            projection.turn()
+
     def output_embedding(self) -> Array:
         """The output projection [V, D], gathered, in the compute dtype; its rows beyond the vocabulary mean nothing."""
         table = self.token_embedding if self.unembedding is None else self.unembedding
@@ -153,7 +158,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: Array) -> Array:
         """Float32 scores [B, T, V] of the next token, V the true vocabulary."""
-        logits_BTV = output_logits(x_BTD, self.output_embedding(), self.config.logit_softcap)
+        logits_BTV = output_logits(x_BTD, self.output_embedding(), self.config.logit_softcap, self.few_rows)
         return shard(logits_BTV, "BT_")[..., : self.config.vocab_size]
 
 

@@ -35,13 +35,10 @@ class Tokenizer(ABC):
     bos_ids: list[int]
 
     def __init__(self, model_bytes: bytes, where: str, pieces: list[str], kinds: list[int]) -> None:
-        self.model_bytes = model_bytes
-        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
-        self.where = where
-        self.vocab_size = len(pieces)
+        self.model_bytes, self.sha256 = model_bytes, hashlib.sha256(model_bytes).hexdigest()
+        self.where, self.vocab_size = where, len(pieces)
         self.pieces, self.kinds = pieces, kinds
-        silent = (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
-        spelt = map(self._spell, pieces, kinds)
+        silent, spelt = (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED), map(self._spell, pieces, kinds)
         self.token_bytes = [b"" if kind in silent else raw for raw, kind in zip(spelt, kinds, strict=True)]
         self.special_tokens = {pieces[i]: i for i, kind in enumerate(kinds) if kind == Kind.CONTROL and pieces[i]}
         self._ids = {piece: i for i, piece in enumerate(pieces)}

@@ -65,8 +65,7 @@ class Trainer:
         data = [corpus.fingerprint for corpus in self.corpora]
         self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256, "data": data}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
-        self.eval_step = make_eval_step(self.config)
-        self.stopping = False
+        self.eval_step, self.stopping = make_eval_step(self.config), False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:
@@ -179,8 +178,7 @@ class Trainer:
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Wait for the metrics of a step, show them, and record them when they are due."""
-        values = jax.device_get(metrics)
-        now = time.perf_counter()
+        values, now = jax.device_get(metrics), time.perf_counter()
         self.seconds.append(now - self.resumed)
         self.resumed, seconds_per_step = now, statistics.fmean(self.seconds)
         if not values["finite"]:
@@ -189,8 +187,7 @@ class Trainer:
             raise TrainingError(f"training step {step}: {what}; {remedy}")
         speed = self.tokens / seconds_per_step
         record = {"step": step, "loss": float(values["loss"]), "tokens_per_second": speed}
-        record |= {name: float(value) for name, value in values.items() if name != "finite"}
-        record["tokens"] = step * self.tokens
+        record |= {name: float(x) for name, x in values.items() if name != "finite"} | {"tokens": step * self.tokens}
         if peak := peak_flops(jax.sharding.get_mesh()):
             record["mfu"] = speed * 3 * forward_flops_per_token(self.config.model) / peak
         due = step % self.config.training.log_every == 0 or step == self.last

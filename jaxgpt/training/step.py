@@ -24,8 +24,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up, then the configured shape down to `final_lr_ratio` of the peak at step `steps`."""
     peak, final = config.peak_lr, config.peak_lr * config.final_lr_ratio
     warmup = min(config.warmup_steps, steps)
-    rest = max(steps - warmup, 1)
-    after = optax.constant_schedule(peak)
+    rest, after = max(steps - warmup, 1), optax.constant_schedule(peak)
     match config.schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio)
@@ -171,13 +170,10 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """The jitted step, (state, batch) -> (state, metrics), which donates the state. An update that is not finite, in
     loss or gradient, is not applied: only `step` moves on. Dropout draws from (seed, step), as a resumed run does."""
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    rate = learning_rate(config.optimizer, config.training.steps)
-    decay = config.optimizer.ema_decay
+    rate, decay = learning_rate(config.optimizer, config.training.steps), config.optimizer.ema_decay
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = None
-        if config.model.dropout:
-            key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.training.seed), state.step) if config.model.dropout else None
         model = state.raw_model or state.model
         tokens, losses, grads = _gradients(model, batch, config, key)
         norm = optax.tree.norm(grads)
