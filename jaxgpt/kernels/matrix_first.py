@@ -14,6 +14,6 @@ def matrix_first(x: Array, kernel: Array, in_axes: str, kernel_axes: str, out_ax
     of a product: here the rows, so that the matrix is read once. 1.95 times as fast for 8 rows of SmolLM2's products,
     2.2 for 16, 1.8 for 32, 1.0 for 1 and 64. Without the barriers the compiler turns the product around again."""
     outputs, rows_last = f"{out_axes[2:]}BT", jax.lax.optimization_barrier(jnp.moveaxis(x, (0, 1), (-2, -1)))
-    exact: Any = dict(preferred_element_type=jnp.float32, out_sharding=out_sharding(outputs))
-    y = jnp.einsum(f"{kernel_axes},{in_axes[2:]}BT->{outputs}", kernel, rows_last, **exact)
+    options: Any = dict(preferred_element_type=jnp.float32, out_sharding=out_sharding(outputs))
+    y = jnp.einsum(f"{kernel_axes},{in_axes[2:]}BT->{outputs}", kernel, rows_last, **options)
     return jnp.moveaxis(jax.lax.optimization_barrier(y), (-2, -1), (0, 1))

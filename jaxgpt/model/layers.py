@@ -81,7 +81,7 @@ class Projection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = weight(self.kernel, self.kernel_axes, x.dtype)
         axes = self.in_axes, self.kernel_axes, self.out_axes
-        if self.kernel_axes[0] == self.out_axes[2]:
+        if self.kernel_axes[0] == self.out_axes[2]:  # it was turned
             y = matrix_first(x, kernel, *axes).astype(x.dtype)
         else:
             y = jnp.einsum("{},{}->{}".format(*axes), x, kernel, out_sharding=out_sharding(self.out_axes))
