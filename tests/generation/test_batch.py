@@ -135,7 +135,7 @@ def test_a_complete_output_is_left_alone(job: Callable[..., Any], finished: Path
     again, _ = job(["a", "b"])
     assert first.status == again.status == 0 and "is complete" in again.err
     assert (tmp_path / "out.jsonl").stat().st_mtime_ns == written
-    others = [("--temperature", "0.5"), ("--shard", "0/2"), ("--step", older)]
+    others = [("--temperature", "0.5"), ("--shard", "0/2"), ("--step", older), ("--slots", "13")]
     for lines, words in ((["a", "c"], ()), *((["a", "b"], words) for words in others)):
         other, _ = job(lines, *words)
         assert other.status == 2 and "it is there, of another job" in other.error

@@ -45,10 +45,14 @@ def test_the_compiled_product_has_the_matrix_first(equation: tuple[str, str, str
     assert int(shape.split(",")[0]) == outputs, text
 
 
-def test_a_rows_bits_are_the_same_in_every_place() -> None:
-    kernel, x = inputs("FD", "BTD", 8)
+@pytest.mark.parametrize("rows", [5, 8, 13, 24, 33])
+def test_a_rows_bits_are_the_same_in_every_place(rows: int) -> None:
+    """Also beside other rows: what an engine promises for one number of slots."""
+    kernel, x = inputs("FD", "BTD", rows)
     product = jax.jit(matrix_first, static_argnums=(2, 3, 4))
     whole = np.asarray(product(x, kernel, "BTD", "FD", "BTF"))
-    for shift in range(1, 8):
+    for shift in range(1, rows):
         moved = product(np.roll(x, shift, 0), kernel, "BTD", "FD", "BTF")
         np.testing.assert_array_equal(np.roll(moved, -shift, 0), whole)
+    alone = product(np.where(np.arange(rows)[:, None, None] == 2, x, 7), kernel, "BTD", "FD", "BTF")
+    np.testing.assert_array_equal(alone[2], whole[2])
