@@ -33,7 +33,7 @@ def test_it_is_the_plain_product(equation: tuple[str, str, str], rows: int) -> N
 
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_the_compiled_product_has_the_matrix_first(equation: tuple[str, str, str]) -> None:
-    """Else it is half as fast: what the barriers are for."""
+    """Else it is half as fast."""
     kernel, x = inputs(equation[1], equation[0], 8)
 
     def in_a_network(kernel: jax.Array, x: jax.Array) -> jax.Array:
