@@ -16,7 +16,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig, differences, validated
 from jaxgpt.errors import BadFileError, ConfigError, nearest
 from jaxgpt.files import reading
-from jaxgpt.interop.stored import StoredTensor
+from jaxgpt.interop.tensors import StoredTensor
 from jaxgpt.model.rotary import frequencies
 
 
@@ -86,6 +86,9 @@ _TABLE = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-
 FAMILIES = _families(_TABLE)
 WORDS: dict[str, dict[str, str]] = _TABLE["words"]
 SCALING: dict[str, list[str]] = _TABLE["scaling"]  # kind -> the fields of ModelConfig that it uses
+_SCALED = {name for names in SCALING.values() for name in names}
+_MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
+Json = dict[str, Any]
 
 
 def family_of(model_type: Any, where: str) -> Family:
@@ -95,12 +98,6 @@ def family_of(model_type: Any, where: str) -> Family:
         near = nearest(str(model_type), known)
         raise BadFileError(f"{where}: model_type {model_type!r} is not implemented{near}; there are {', '.join(known)}")
     return known[model_type]
-
-
-Json = dict[str, Any]
-
-_SCALED = {name for names in SCALING.values() for name in names}
-_MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
 
 
 def _unused(config: ModelConfig) -> set[str]:

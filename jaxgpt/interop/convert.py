@@ -15,11 +15,10 @@ from jaxgpt.config import CheckpointConfig, TokenizerConfig, TrainConfig, Traini
 from jaxgpt.errors import ConfigError, JaxgptError
 from jaxgpt.files import publish, write_atomically
 from jaxgpt.interop.configs import write_config
-from jaxgpt.interop.load import Dtype, load_model
-from jaxgpt.interop.safetensors_dir import write_safetensors
+from jaxgpt.interop.load import Dtype, load_model, stored_tensors
+from jaxgpt.interop.tensors import write_safetensors
 from jaxgpt.interop.verify import logits_of
 from jaxgpt.interop.vocabulary import write_tokenizer
-from jaxgpt.interop.weights import stored_tensors
 from jaxgpt.run import TrainedModel, write_run
 
 _PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 5, 8, 13: def f(x):\n    return x + 1\n"

@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.stored import FLOATS, MAX_TENSORS, PLAIN, StoredTensor, aligned, in_parts, plain_tensor
+from jaxgpt.interop.tensors import FLOATS, MAX_TENSORS, PLAIN, StoredTensor, aligned, in_parts, plain_tensor
 
 _TYPES = {kind.value: kind for kind in GGMLQuantizationType if kind.name in FLOATS}
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

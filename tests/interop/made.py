@@ -12,9 +12,9 @@ import numpy as np
 from jaxgpt.config import ModelConfig, TokenizerConfig
 from jaxgpt.interop import load as load_module
 from jaxgpt.interop.configs import family_of, read_config, write_config
-from jaxgpt.interop.safetensors_dir import write_safetensors
+from jaxgpt.interop.load import load_weights, stored_tensors
+from jaxgpt.interop.tensors import write_safetensors
 from jaxgpt.interop.vocabulary import write_tokenizer
-from jaxgpt.interop.weights import load_weights, stored_tensors
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import place_shapes
 from jaxgpt.tokenizer import Tokenizer, train_tokenizer

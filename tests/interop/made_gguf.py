@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.interop.configs import Family, read_config, write_config
-from jaxgpt.interop.safetensors_dir import read_safetensors
-from jaxgpt.interop.weights import Layout
+from jaxgpt.interop.load import Layout
+from jaxgpt.interop.tensors import read_safetensors
 from jaxgpt.tokenizer import SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.tokenizer.base import Kind
 

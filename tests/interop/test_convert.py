@@ -22,7 +22,7 @@ from jaxgpt.interop import convert as convert_module
 from jaxgpt.interop.configs import canonical
 from jaxgpt.interop.convert import compare, convert
 from jaxgpt.interop.load import load_model
-from jaxgpt.interop.safetensors_dir import write_safetensors
+from jaxgpt.interop.tensors import write_safetensors
 from jaxgpt.run import read_config
 from jaxgpt.tokenizer import Tokenizer
 

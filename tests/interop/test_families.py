@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.interop.configs import FAMILIES, family_of, read_config, write_config
-from jaxgpt.interop.load import open_model
-from jaxgpt.interop.safetensors_dir import write_safetensors
-from jaxgpt.interop.weights import stored_tensors
+from jaxgpt.interop.load import open_model, stored_tensors
+from jaxgpt.interop.tensors import write_safetensors
 
 pytestmark = pytest.mark.parity
 

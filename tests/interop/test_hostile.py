@@ -34,7 +34,7 @@ from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError
 from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.interop.load import load_model
-from jaxgpt.interop.safetensors_dir import read_safetensors
+from jaxgpt.interop.tensors import read_safetensors
 from jaxgpt.tokenizer import train_tokenizer
 
 HUGE = 2**60

@@ -12,8 +12,7 @@ from crafted import LLAMA, SETTINGS, at_most, gguf_file, gguf_parts, write_direc
 from safetensors import safe_open
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.interop.load import open_model
-from jaxgpt.interop.weights import check_tensors, load_weights
+from jaxgpt.interop.load import check_tensors, load_weights, open_model
 
 EXTREMES = (0, 1, 2, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 """What the fields of a file's numbers are set to."""

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.interop.configs import FAMILIES, canonical, read_config, read_gguf_config, write_config
-from jaxgpt.interop.stored import StoredTensor
-from jaxgpt.interop.weights import Layout, check_tensors
+from jaxgpt.interop.load import Layout, check_tensors
+from jaxgpt.interop.tensors import StoredTensor
 from jaxgpt.model import Transformer, parameter_count
 
 Json = dict[str, Any]

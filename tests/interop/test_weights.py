@@ -18,9 +18,8 @@ from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.generation.engine import for_decoding
 from jaxgpt.interop import load as load_module
 from jaxgpt.interop.configs import FAMILIES, Family, canonical
-from jaxgpt.interop.load import load_model
-from jaxgpt.interop.stored import StoredTensor
-from jaxgpt.interop.weights import Layout, check_tensors
+from jaxgpt.interop.load import Layout, check_tensors, load_model
+from jaxgpt.interop.tensors import StoredTensor
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.tokenizer import Tokenizer
 
@@ -256,7 +255,7 @@ class Watch:
             return placed
 
         monkeypatch.setattr(load_module, "open_model", opened)
-        monkeypatch.setattr("jaxgpt.interop.weights.jax.device_put", put)
+        monkeypatch.setattr("jaxgpt.interop.load.jax.device_put", put)
 
     def reading(self, tensor: StoredTensor) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:

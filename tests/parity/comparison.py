@@ -24,8 +24,8 @@ import numpy as np
 from jaxgpt.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.interop.configs import family_of
-from jaxgpt.interop.stored import StoredTensor
-from jaxgpt.interop.weights import Layout, load_weights, stored_tensors
+from jaxgpt.interop.load import Layout, load_weights, stored_tensors
+from jaxgpt.interop.tensors import StoredTensor
 from jaxgpt.kernels.cross_entropy import LossOptions
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import shard

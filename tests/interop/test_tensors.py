@@ -10,8 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt.interop.safetensors_dir import read_safetensors, write_safetensors
-from jaxgpt.interop.stored import StoredTensor
+from jaxgpt.interop.tensors import StoredTensor, read_safetensors, write_safetensors
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "a": (7,),
