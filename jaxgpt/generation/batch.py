@@ -105,8 +105,9 @@ def answer(line: Line, completions: Sequence[Completion]) -> Json:
     for i, each in enumerate(completions):
         said = {"message": {"role": "assistant", "content": each.text}} if line.params.messages else {"text": each.text}
         logprobs = {"token_logprobs": each.logprobs, "top_logprobs": each.top_logprobs}
-        more = {} if each.logprobs is None else {"logprobs": logprobs}
-        choices.append({"index": i, "finish_reason": each.finish_reason, **said, **more})
+        more = {"logprobs": None if each.logprobs is None else logprobs, "prompt_logprobs": each.prompt_logprobs}
+        told = {name: x for name, x in more.items() if x is not None}
+        choices.append({"index": i, "finish_reason": each.finish_reason, **said, **told})
     usage = counts | {"total_tokens": sum(counts.values())}
     body = {"object": _URLS[line.url], "created": 0, "choices": choices, "usage": usage}
     return {"custom_id": line.id, "response": {"status_code": 200, "body": body}, "error": None}

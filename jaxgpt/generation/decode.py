@@ -22,6 +22,8 @@ from jaxgpt.sharding import out_sharding, shard
 # For each state of all automata [N, V] that of the same automaton which a token leads to, or -1 where the token may not
 # come; and the first state of the one that each text follows [B]. State 0 is an automaton of its own, and allows all.
 Forms = tuple[Array, Array]
+# Log-probabilities of tokens [B, S]; ids of the most probable ones at each place [B, S, N], and those of these ids.
+Recorded = tuple[Array, Array, Array]
 
 
 class Slots(NamedTuple):
@@ -29,9 +31,7 @@ class Slots(NamedTuple):
 
     cache: Cache
     tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
-    # Where a slot's rules record them: log-probabilities [B, S] of its tokens; ids of the most probable ones at each
-    # place [B, S, N], and their log-probabilities.
-    recorded: tuple[Array, Array, Array]
+    recorded: Recorded  # where a slot's rules say so
     lengths_B: Array  # tokens of each slot so far
     states_B: Array  # of the automaton that each text follows
     done_B: Array  # True once a text is complete, and in a free slot
@@ -103,16 +103,33 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
         whole = written(_by_part(old, parts), chosen_Q, new)
         return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
 
+    def read(places_QC: Array) -> Array:
+        return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
+
     places_QC = starts_Q[:, None] + jnp.arange(chunk)[None]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
     positions_QC = jnp.where(missing, S, places_QC)  # which is not written
-    tokens_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
     shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
     known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
-    tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
-    _, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
-    return slots._replace(cache=jax.tree.map(put, slots.cache, cache))
+    tokens_QC, positions_QC = shard(read(places_QC), "BT"), shard(positions_QC, "BT")
+    x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
+
+    def record(old: Recorded) -> Recorded:
+        new = jax.vmap(_log_probabilities, (0, 0, None))(model.logits(x_QCD), read(places_QC + 1), old[1].shape[-1])
+        write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
+        return jax.tree.map(lambda x, values: put(x, write(take(x, chosen_Q), positions_QC, values)), old, new)
+
+    wanted = take(slots.rules.prompt_logprobs, chosen_Q).any()
+    recorded = jax.lax.cond(wanted, record, lambda old: old, slots.recorded)
+    return slots._replace(cache=jax.tree.map(put, slots.cache, cache), recorded=recorded)
+
+
+def _log_probabilities(logits_BV: Array, tokens_B: Array, count: int) -> Recorded:
+    """Of tokens; and the ids and log-probabilities of the most probable ones."""
+    log_p_BV = jax.nn.log_softmax(logits_BV)
+    top_BN, ids_BN = jax.lax.top_k(log_p_BV, count)
+    return jax.vmap(lambda log_p_V, token: log_p_V[token])(log_p_BV, tokens_B), ids_BN, top_BN
 
 
 def _by_part(x: Array, parts: int) -> Array:
@@ -187,11 +204,8 @@ def _append(forms: Forms, carry: tuple[Slots, Array], inputs: tuple[Array, Array
     def write(x: Array, new: Array) -> Array:
         return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
 
-    def record(old: tuple) -> tuple:
-        log_p_BV = jax.nn.log_softmax(logits_BV)
-        chosen_B = jax.vmap(lambda log_p, token: log_p[token])(log_p_BV, token_B)
-        top_BN, ids_BN = jax.lax.top_k(log_p_BV, old[1].shape[-1])
-        return tuple(map(write, old, (chosen_B, ids_BN, top_BN)))
+    def record(old: Recorded) -> Recorded:
+        return jax.tree.map(write, old, _log_probabilities(logits_BV, token_B, old[1].shape[-1]))
 
     recorded = jax.lax.cond((live_B & rules.logprobs).any(), record, lambda old: old, recorded)
     lengths_B = slots.lengths_B + live_B

@@ -43,6 +43,7 @@ class Completion:
     prompt_tokens: int
     logprobs: list[float] | None = None  # log-probability of each token, where the request asked for it
     top_logprobs: list[dict[int, float]] | None = None  # those of the most probable tokens at each place
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # of each token of the prompt, and the most probable
 
 
 class Request(NamedTuple):
@@ -159,7 +160,8 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        require(params.logprobs is None, "logprobs: a stream has none; leave it out, or use Engine.generate")
+        none = params.logprobs is params.prompt_logprobs is None
+        require(none, "logprobs: a stream has none; leave it out, or use Engine.generate")
         return ((more.request.sample, more.text) for more in self.run(self.requests(prompt, params)) if more.text)
 
     def room(self, prompt: Prompt) -> int:
@@ -255,8 +257,8 @@ class Engine:
             for part, slot in there:
                 ids, first = new[slot].ids, part * in_part
                 shared = [_shared(ids, known) for known in prompts[first : first + in_part]]
-                start = max(shared)
-                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, shared.index(start), start
+                start = max(shared) if new[slot].params.prompt_logprobs is None else 0
+                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, int(np.argmax(shared)), start
                 chunks = max(chunks, math.ceil((len(ids) - 1 - start) / CHUNK))
                 self.reused += start
             for chunk in range(chunks):
@@ -273,13 +275,19 @@ def _put(array: np.ndarray, axes: str) -> Array:
 
 
 def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) -> Completion:
-    if (wanted := request.params.logprobs) is None:
+    wanted, of_prompt = request.params.logprobs, request.params.prompt_logprobs
+    if wanted is of_prompt is None:
         return done
     rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
-    here = slice(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
-    chosen, ids, top = (row[here] for row in jax.device_get(tuple(rows)))
-    pairs = zip(ids[:, :wanted].tolist(), top[:, :wanted].tolist(), strict=True)
-    return replace(done, logprobs=chosen.tolist(), top_logprobs=[dict(zip(*pair, strict=True)) for pair in pairs])
+    chosen, ids, top = (row.tolist() for row in jax.device_get(tuple(rows)))
+    most = lambda place, n: dict(zip(ids[place][:n], top[place][:n], strict=True))  # noqa: E731
+    if of_prompt is not None:
+        told = [{token: chosen[i]} | most(i, of_prompt) for i, token in enumerate(request.ids)]
+        done = replace(done, prompt_logprobs=[None, *told[1:]])
+    if wanted is not None:
+        here = range(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
+        done = replace(done, logprobs=[chosen[i] for i in here], top_logprobs=[most(i, wanted) for i in here])
+    return done
 
 
 @jax.jit

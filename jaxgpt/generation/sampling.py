@@ -51,6 +51,7 @@ class SamplingParams(Section):
     ignore_eos: bool = False  # Go on after the model's own end of a text.
     # Record the log-probability of each chosen token and of this many alternatives, before any of the above.
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # The same of the tokens of the prompt but the first.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +86,7 @@ class Rules(NamedTuple):
     bias_ids_N: Numbers
     bias_N: Numbers
     logprobs: Numbers  # whether log-probabilities are recorded
+    prompt_logprobs: Numbers  # and those of the prompt
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_length: int, context: int, ends: tuple, sample: int) -> "Rules":
@@ -101,6 +103,7 @@ class Rules(NamedTuple):
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
             bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
             bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
+            prompt_logprobs=np.bool_(params.prompt_logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip
 

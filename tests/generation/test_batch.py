@@ -88,22 +88,29 @@ def test_long_prompts_are_cut_where_that_is_asked_for(job: Callable[..., Any]) -
 
 
 def test_answers_say_all_that_was_asked_for(job: Callable[..., Any]) -> None:
-    _, (plain, ids, many, text, openai) = job([
+    asked = {"model": "m", "prompt": "import ", "max_tokens": 5, "ignore_eos": True}
+    _, (plain, ids, scored, many, text, openai) = job([
         "import ",
         {"id": "mine", "prompt_token_ids": [5, 6, 7], "max_tokens": 4, "logprobs": 2, "ignore_eos": True},
+        {"prompt_token_ids": [5, 6, 7], "max_tokens": 1, "prompt_logprobs": 0},
         {"prompt": "x", "n": 3, "seed": 4},
         {"prompt": "x", "stop": ["e"], "max_tokens": 60},
-        OPENAI | {"body": {"model": "m", "prompt": "import ", "max_tokens": 5, "logprobs": 1, "ignore_eos": True}},
+        OPENAI | {"body": asked | {"logprobs": 1, "prompt_logprobs": 1}},
     ])  # fmt: skip
     assert plain.keys() == {"id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
     assert plain["completion_tokens"] == len(plain["token_ids"]) <= 9 and plain["id"] == 1
     assert ids["id"] == "mine" and len(ids["logprobs"]) == len(ids["token_ids"]) == ids["completion_tokens"] == 4
     assert ids["prompt_tokens"] == 3 and [len(top) for top in ids["top_logprobs"]] == [2] * 4
+    first, *others = scored["prompt_logprobs"]
+    assert first is None and [list(told) for told in others] == [["6"], ["7"]] and "logprobs" not in scored
+    assert all(-99 < logprob < 0 for told in others for logprob in told.values())
     assert len({sample["text"] for sample in many["samples"]}) == 3
     assert text["finish_reason"] == "stop" and "e" not in text["text"]
     body = openai["response"]["body"]
     assert openai["custom_id"] == "r1" and openai["error"] is None and body["object"] == "text_completion"
-    assert body["usage"]["completion_tokens"] == 5 == len(body["choices"][0]["logprobs"]["token_logprobs"])
+    (choice,), usage = body["choices"], body["usage"]
+    assert usage["completion_tokens"] == 5 == len(choice["logprobs"]["token_logprobs"])
+    assert usage["prompt_tokens"] == len(choice["prompt_logprobs"]) and choice["prompt_logprobs"][0] is None
 
 
 def test_parts_of_a_job_join_to_the_whole(job: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Generation: what repeated full passes would give, the same for every batch, mesh and run, within its bounds."""
 
+import functools
 import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,18 +38,27 @@ def make_model(tokenizer: Tokenizer, **settings: Any) -> Transformer:
         "n_layers": 3, "d_model": 32, "n_heads": 4, "context_length": 96, "vocab_size": tokenizer.vocab_size,
         "tie_embeddings": False, **settings,
     })  # fmt: skip
-    model = jax.jit(lambda: Transformer(config, jax.random.key(3)))()
+    return _make(config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _make(config: ModelConfig) -> Transformer:
+    model = Transformer(config, jax.random.key(3))
     return jax.tree.map(lambda p: jnp.where(p == 1, p, 15 * p), model)  # norms stay 1
+
+
+@jax.jit  # compiled once for all models of a kind
+def full_pass(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
+    return model.logits(model(tokens_BT)[0])
 
 
 def full_passes(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> list[int]:
     """The most probable token of a whole forward pass without a cache, again and again."""
     ids = tokenizer.encode(prompt, bos=True)
-    forward = jax.jit(lambda padded: model.logits(model(padded)[0])[0])
     for _ in range(tokens):
         padded = np.zeros((1, model.config.context_length), np.int32)
         padded[0, : len(ids)] = ids
-        ids.append(int(forward(padded)[len(ids) - 1].argmax()))
+        ids.append(int(full_pass(model, padded)[0, len(ids) - 1].argmax()))
         if ids[-1] == tokenizer.eos_id:
             break
     return ids
@@ -112,12 +122,11 @@ def test_two_hundred_requests_are_what_full_passes_give(
         params = [SamplingParams(max_new_tokens=int(n), temperature=0) for n in news]
         requests = [r for i in random.permutation(200) for r in engine.requests(prompts[i], params[i], int(i))]
         found = {p.request.tag: p.completion for p in engine.run(requests) if p.completion}
-        forward = jax.jit(lambda rows: model.logits(model(rows)[0]).argmax(-1))
         rows = np.zeros((200, 128), np.int32)
         for i, prompt in enumerate(prompts):
             ids = [*prompt, *found[i].token_ids]
             rows[i, : len(ids)] = ids
-        best = np.concatenate([forward(shard(jnp.asarray(part), "BT")) for part in np.split(rows, 4)])
+        best = np.concatenate([full_pass(model, shard(jnp.asarray(p), "BT")).argmax(-1) for p in np.split(rows, 4)])
     for i, prompt in enumerate(prompts):
         done = found[i]
         behind = best[i, len(prompt) - 1 : len(prompt) - 1 + len(done.token_ids)].tolist()
@@ -187,7 +196,7 @@ def test_longrope_goes_by_what_each_text_may_grow_to(mesh_of: Callable[..., Any]
             assert Engine(model, tokenizer).generate([prompt], own) == [found]
             length = len(prompt) + own.max_new_tokens  # as long as the text, so that a whole pass takes its factors
             rows = shard(jnp.array(2 * [[*prompt, *found.token_ids]], jnp.int32), "BT")
-            best = np.asarray(jax.jit(lambda rows: model.logits(model(rows)[0]).argmax(-1))(rows))[0].tolist()
+            best = np.asarray(full_pass(model, rows))[0].argmax(-1).tolist()
             assert rows.shape[1] == length and best[len(prompt) - 1 : -1] == found.token_ids
     assert together[0].token_ids != together[1].token_ids[:20]
 
@@ -256,7 +265,7 @@ def test_log_probabilities_are_the_model_s(mesh_of: Callable[..., Any], tokenize
         requests = [*engine.requests("import ", params), *engine.requests("x", plain, 1)]
         found = {p.request.tag: p.completion for p in engine.run(requests) if p.completion}
         ids = tokenizer.encode("import ", bos=True)
-        logits = jax.jit(lambda t: model.logits(model(t)[0])[0])(jnp.array([ids + found[0].token_ids]))
+        logits = full_pass(model, jnp.array([ids + found[0].token_ids]))[0]
     assert found[1].logprobs is None and found[0].logprobs is not None and found[0].top_logprobs is not None
     expected = np.asarray(jax.nn.log_softmax(logits))[len(ids) - 1 : -1]
     for row, token, logprob, top in zip(
@@ -265,6 +274,29 @@ def test_log_probabilities_are_the_model_s(mesh_of: Callable[..., Any], tokenize
         assert abs(row[token] - logprob) < 1e-3
         assert list(top) == np.argsort(-row)[:3].tolist()
         np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][:3], atol=1e-3)
+
+
+def test_log_probabilities_of_a_prompt_are_the_model_s(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    """Over several chunks, beside a prompt that wants none, also where another has left its keys and values."""
+    ids = np.random.default_rng(2).integers(4, tokenizer.vocab_size, 150).tolist()
+    with mesh_of(data=2):
+        model = make_model(tokenizer, context_length=192, **MODERN)
+        engine = Engine(model, tokenizer)
+        plain = replace(GREEDY, max_new_tokens=3)
+        settings = [plain, replace(plain, prompt_logprobs=2), replace(plain, prompt_logprobs=0, logprobs=1)]
+        found = engine.generate([ids, ids, ids[:1]], settings)
+        (again,) = engine.generate([ids], settings[1])
+        logits = full_pass(model, shard(jnp.array([ids, ids]), "BT"))
+    expected = np.asarray(jax.nn.log_softmax(np.asarray(logits)[0]))
+    assert found[0].prompt_logprobs is None and found[1].logprobs is None
+    assert found[2].prompt_logprobs == [None] and found[2].logprobs is not None
+    assert again.prompt_logprobs == found[1].prompt_logprobs is not None and again.token_ids == found[0].token_ids
+    first, *others = found[1].prompt_logprobs
+    assert first is None and len(others) == 149
+    for row, token, told in zip(expected, ids[1:], others, strict=False):
+        assert told is not None and next(iter(told)) == token
+        assert told.keys() == {token, *np.argsort(-row)[:2].tolist()}
+        np.testing.assert_allclose(list(told.values()), row[list(told)], atol=1e-3)
 
 
 def test_stop_texts_end_a_completion_where_they_begin(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
