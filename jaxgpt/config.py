@@ -21,6 +21,8 @@ from jaxgpt.errors import ConfigError, JaxgptError, nearest, require
 from jaxgpt.files import cache_home, read_json
 
 VOCAB_MULTIPLE = 128  # the embedding's rows are rounded up to this
+ROOT = Path(__file__).parents[1]
+_UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}  # by an optimizer
 _BOUNDS = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text("utf-8"))
 
 
@@ -158,10 +160,6 @@ class ModelConfig(Section):
     @property
     def layers_rotate(self) -> tuple[bool, ...]:
         return tuple(itertools.islice(itertools.cycle(self.rotary_layers or (True,)), self.n_layers))
-
-
-ROOT = Path(__file__).parents[1]
-_UNUSED = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}  # by an optimizer
 
 
 @dataclass(frozen=True)

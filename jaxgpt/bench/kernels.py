@@ -32,6 +32,9 @@ from jaxgpt.model.rotary import rotate
 from jaxgpt.roofline import measured_bandwidth, measured_flops
 from jaxgpt.training.step import make_optimizer
 
+_BEYOND_CACHES = 2**27  # bytes of inputs that take turns, so that they come from the memory
+_REFUSALS = (ValueError, NotImplementedError, RuntimeError)  # by an implementation that has not all that is asked for
+Name = Literal["attention", "decode", "loss", "norm", "rope", "mlp", "moe", "optimizer"]
 Function = Callable[..., Any]
 Sizes = SimpleNamespace  # an integer for each letter
 PRESETS: dict[str, dict[str, int]] = {
@@ -210,11 +213,6 @@ OPERATIONS: dict[str, Callable[[Sizes, str], Operation]] = {
     "attention": _attention, "decode": functools.partial(_attention, decoding=True), "loss": _loss, "norm": _norm,
     "rope": _rope, "mlp": _mlp, "moe": _moe, "optimizer": _optimizer,
 }  # fmt: skip
-
-
-_BEYOND_CACHES = 2**27  # bytes of inputs that take turns, so that they come from the memory
-_REFUSALS = (ValueError, NotImplementedError, RuntimeError)  # by an implementation that has not all that is asked for
-Name = Literal["attention", "decode", "loss", "norm", "rope", "mlp", "moe", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,9 @@ from jaxgpt.generation.engine import Completion, Engine, Request
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.progress import Bar, clock
 
+LONGEST_LINE = 16 * 2**20  # bytes of an input line
+_REPORT_SECONDS = 10.0  # between lines for people where there is no terminal, each when its answers are on the disk
+EncodeChat = Callable[[Any], list[int]]  # the ids of a conversation
 Json = dict[str, Any]
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _OTHER_NAMES |= {"min_tokens": "min_new_tokens", "n": "num_samples"}
@@ -123,11 +126,6 @@ def error_answer(raw: bytes, number: int, message: str) -> Json:
     if "custom_id" in value:
         return {"custom_id": value["custom_id"], "response": None, "error": error}
     return {"id": value.get("id", number), "error": error}
-
-
-LONGEST_LINE = 16 * 2**20  # bytes of an input line
-_REPORT_SECONDS = 10.0  # between lines for people where there is no terminal, each when its answers are on the disk
-EncodeChat = Callable[[Any], list[int]]  # the ids of a conversation
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(i): bytes([i]) for i in _PRINTABLE} | {chr(256 + i): bytes([byte]) for i, byte in enumerate(_OTHERS)}
 """The printable character that byte-level BPE writes for each byte (GPT-2): itself, or one from U+0100 on."""
+CUTTINGS: dict[str, Settings] = tomllib.loads(Path(__file__).with_name("cuttings.toml").read_text("utf-8"))
+"""How byte-level BPE cuts a text before the bytes of each part are merged, in the terms of tokenizer.json."""
 
 
 class JsonTokenizer(Tokenizer):
@@ -80,10 +82,6 @@ class JsonTokenizer(Tokenizer):
         self._model.encode_special_tokens = not special
         found = self._model.encode_batch_fast(texts, add_special_tokens=False)  # on as many cores as the library wants
         return [each.ids for each in found]
-
-
-CUTTINGS: dict[str, Settings] = tomllib.loads(Path(__file__).with_name("cuttings.toml").read_text("utf-8"))
-"""How byte-level BPE cuts a text before the bytes of each part are merged, in the terms of tokenizer.json."""
 
 
 def tokenizer_json(pieces: list[str], kinds: list[int], bos: int | None, model: Settings, **parts: Any) -> bytes:

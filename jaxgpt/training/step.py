@@ -17,6 +17,7 @@ from jaxgpt.data.loader import Batch
 from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy
 from jaxgpt.model import Transformer, parameter_name
 
+Metrics = dict[str, Array]
 _of_each = functools.partial(functools.partial, jax.tree_util.tree_map_with_path)  # choose(path, p) -> tree -> tree
 
 
@@ -87,9 +88,6 @@ def _sharded_by_compiler(rule: optax.GradientTransformation) -> optax.GradientTr
         return jax.sharding.auto_axes(rule.update, out_sharding=layout)(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
-
-
-Metrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
