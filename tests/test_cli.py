@@ -314,6 +314,7 @@ def test_generate_continues_a_prompt(command: Callable[..., Any], finished: Path
     assert re.findall(r"--- sample \d\n", without_prompt) == ["--- sample 1\n", "--- sample 2\n"]
 
 
+@pytest.mark.slow
 def test_generate_takes_a_mesh(command: Callable[..., Any], finished: Path) -> None:
     words = ("--checkpoint", str(finished), "--prompt", "import ", "--max-new-tokens", "8", "--temperature", "0")
     one = command("generate.py", *words)

@@ -114,6 +114,7 @@ def test_no_message_can_begin_another_turn(tokenizer: Tokenizer, place: int) -> 
 PARTS = ["<|im_start|>", "<|im_end|>", "<|im_", "<", "|>", "end|>", "</s>", "<s>", "a", " ", "\n", "é", "\U00100000"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(st.lists(st.sampled_from(PARTS), max_size=6).map("".join), min_size=1, max_size=3))
 def test_any_text_stays_text(tokenizer: Tokenizer, contents: list[str]) -> None:

@@ -311,6 +311,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=250, deadline=2000)
 def test_no_value_anywhere_is_a_traceback(data: st.DataObject) -> None:
