@@ -399,6 +399,15 @@ def test_the_text_ends_with_its_last_token_or_the_context(mesh_of: Callable[...,
         assert other.token_ids == engine.generate(["def f("], GREEDY)[0].token_ids[: len(other.token_ids)]
 
 
+@pytest.mark.parametrize("settings", [{"slots": 0}, {"slots": -8}, {"speculate": -1}, {"speculate": 65}])
+def test_an_engine_that_cannot_be_is_refused(
+    mesh_of: Callable[..., Any], tokenizer: Tokenizer, settings: dict[str, int]
+) -> None:
+    ((name, value),) = settings.items()
+    with mesh_of(), pytest.raises(ConfigError, match=f"{name} is {value}: "):
+        Engine(make_model(tokenizer), tokenizer, **settings)
+
+
 def test_the_context_can_be_filled_but_not_exceeded(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with mesh_of():
         engine = Engine(make_model(tokenizer), tokenizer)
