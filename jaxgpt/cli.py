@@ -143,9 +143,6 @@ class Generate(Compute):
     def run(self) -> None:
         if (self.input is None) != (self.output is None) or (self.input and self.prompt):
             raise ConfigError("generate: give --prompt, or --input with --output")
-        for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be between {least} and {most}")
         from jaxgpt.generation.batch import Job
         from jaxgpt.generation.engine import Engine
 
@@ -162,9 +159,8 @@ class Generate(Compute):
             from jaxgpt.checkpoint import fingerprint
             from jaxgpt.interop.chat import encode_chat
 
-            rounding = f"{self.speculate} {self.slots}"
-            model = f"{trained.config} {trained.tokenizer.sha256} {fingerprint(trained.model)} {rounding}"
-            job.run(engine, lambda said: encode_chat(trained.tokenizer, said), model)
+            named = trained.config, trained.tokenizer.sha256, fingerprint(trained.model), self.speculate, self.slots
+            job.run(engine, lambda said: encode_chat(trained.tokenizer, said), " ".join(map(str, named)))
 
     def _continue(self, engine: Any) -> None:
         """Print the first sample as it comes, the others, which come at the same time, behind it."""

@@ -228,9 +228,9 @@ class Kernels(Output):
     compile_for: tuple[str, ...] = ()
 
     def run(self) -> None:
-        sizes, rows = parse_sizes(self.shapes), list[Row]()
+        sizes, rows, names = parse_sizes(self.shapes), list[Row](), self.op or list(OPERATIONS)
         for target in self.compile_for or ("",):
-            rows += measure(contenders(self.op or tuple(OPERATIONS), sizes, self.dtype, target), self.rounds)
+            rows += measure(contenders(names, sizes, self.dtype, target), self.rounds, self.profile)
         limits = {"GFLOP/s": measured_flops(self.dtype) / 1e9, "GB/s": measured_bandwidth() / 1e9}
         self.show("kernels", rows, {} if self.compile_for else limits)
 

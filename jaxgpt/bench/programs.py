@@ -54,7 +54,7 @@ class Train(Output):
                     from jaxgpt.bench.peers import torch_training
 
                     contenders += torch_training(config)
-                rows += measure(contenders, self.rounds)
+                rows += measure(contenders, self.rounds, self.profile)
         self.show("train", rows, {})
 
 
@@ -76,7 +76,7 @@ class Generate(Output):
 
                 contenders += transformers_generation(self.model, Path(scratch), trained.config)
                 contenders.sort(key=lambda contender: contender.name)  # what is compared takes turns
-            self.show("generate", measure(contenders, self.rounds), {})
+            self.show("generate", measure(contenders, self.rounds, self.profile), {})
 
 
 def random_batch(config: TrainConfig) -> Batch:

@@ -6,6 +6,7 @@ yardstick's, and a row is slower only if three rounds in four are."""
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,6 +48,7 @@ class Output:
 
     rounds: int = 7  # Times that each program is measured, in turn with the others; the median counts.
     html: Path | None = None  # Page to write, with a picture of the roofline.
+    profile: Path | None = None  # Directory for a trace of one call of each program; its longest operations are listed.
     save_baseline: Path | None = None  # File to keep the figures in, for a later comparison.
     baseline: Path | None = None  # Such a file: what is slower now ends in exit status 1.
     tolerance: float = 0.1  # Share by which a program may be slower than in the baseline.
@@ -54,7 +56,7 @@ class Output:
     def __post_init__(self) -> None:
         legal = self.rounds >= 1 and 0 <= self.tolerance < 100
         require(legal, f"rounds {self.rounds}, tolerance {self.tolerance}: at least 1, and from 0 to 100")
-        for path in filter(None, (self.html, self.save_baseline)):  # now, not after minutes
+        for path in filter(None, (self.html, self.profile, self.save_baseline)):  # now, not after minutes
             require(path.parent.is_dir(), f"{path}: there is no directory {path.parent}; make it")
         require(not self.baseline or self.baseline.is_file(), f"baseline {self.baseline}: there is no such file")
 
@@ -70,6 +72,8 @@ class Output:
                 cells = ("" if row.get(key) is None else how.format(row[key]) for key, (_, how) in columns.items())
                 line = "".join(f"{cell:>9}" for cell in cells).rstrip()
                 print(f"  {row['implementation']:<22}{line}  {row.get('reason', '')}".rstrip())
+                for operation, ms in row.get("operations", {}).items():
+                    print(f"{ms:30,.2f} ms  {operation}")
         here = "".join(f", {value:,.1f} {name} here" for name, value in limits.items())
         print(f"{device}, jax {jax.__version__}{here}")
         encoded = json.dumps(document, allow_nan=False)
@@ -87,20 +91,19 @@ class Output:
             both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
             require(now[what] == then.get(what), f"{both}; make another with --save-baseline")
         with reading(f"baseline {self.baseline}"):
-            known = {(row["name"], row["implementation"]): row["relative"] for row in then["rows"] if "relative" in row}
-        slower, compared = [], 0
-        for row in now["rows"]:
-            if "relative" in row and (old := known.get((row["name"], row["implementation"]))):
-                compared += 1
-                if row["relative"][0] > old[1] * (1 + self.tolerance):
-                    what = f"{row['name']} {row['implementation']}"
-                    slower.append(f"{what} takes {row['relative'][1] / old[1]:.2f} times as long")
-        if slower:
-            raise SlowerError(f"slower than {self.baseline}: {'; '.join(slower)}")
-        note(f"{compared} of the {len(known)} times in {self.baseline} compared: none is slower")
+            known, timed = (
+                {f"{row['name']} {row['implementation']}": row["relative"] for row in each["rows"] if "relative" in row}
+                for each in (then, now)
+            )
+        pairs = {name: (times, known[name]) for name, times in timed.items() if name in known}
+        longer = {name: new[1] / old[1] for name, (new, old) in pairs.items() if new[0] > old[1] * (1 + self.tolerance)}
+        if longer:
+            slower = "; ".join(f"{name} takes {ratio:.2f} times as long" for name, ratio in longer.items())
+            raise SlowerError(f"slower than {self.baseline}: {slower}")
+        note(f"{len(pairs)} of the {len(known)} times in {self.baseline} compared: none is slower")
 
 
-def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
+def measure(contenders: Iterable[Contender], rounds: int, profile: Path | None = None) -> list[Row]:
     """The figures of each contender, its largest error over the largest expected entry, and its time: `ms` the median,
     `spread` half the distance of its quartiles over it, `relative` its quartiles over the yardstick, `ratio` the median
     speed over that of the first of its name. Texts, as lists of tokens, are compared with those of the first."""
@@ -118,6 +121,8 @@ def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
                 row["reason"] = first_line(error)
                 continue
             timed.append((row, call, time.perf_counter() - began > 1))
+            if profile:
+                row["operations"] = _longest_operations(call, profile / f"{name} {implementation}")
             if expected is not None:
                 pairs = zip(jax.tree.leaves(result), expected, strict=True)
                 errors = [np.abs(np.asarray(a, float) - b).max() / (np.abs(b).max() or 1) for a, b in pairs]
@@ -131,6 +136,18 @@ def measure(contenders: Iterable[Contender], rounds: int) -> list[Row]:
             for (row, *_), seconds in zip(timed, samples[1:], strict=True):
                 row |= _times(row, seconds, yardstick=samples[0], first=samples[1])
     return rows
+
+
+def _longest_operations(call: Callable[[], Any], directory: Path) -> dict[str, float]:
+    """Ms of ten operations of the compiled programs; those of a CPU may have run side by side."""
+    with jax.profiler.trace(directory):
+        jax.block_until_ready(call())
+    newest, spent = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime), Counter[str]()
+    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            if "hlo_op" in dict(event.stats) and not event.name.startswith(("while", "conditional", "call")):  # wholes
+                spent[event.name] += event.duration_ns / 1e6
+    return dict(spent.most_common(10))
 
 
 def first_line(error: Exception) -> str:

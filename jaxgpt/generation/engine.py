@@ -134,8 +134,8 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 8, speculate: int = 0) -> None:
         """`slots`: texts that are continued together; rounded up so that each part of the mesh has as many.
         `speculate`: tokens that are guessed for each pass from what a text repeats. Raises ConfigError."""
-        require(slots >= 1, f"slots is {slots}: there must be at least 1")
-        require(0 <= speculate <= 64, f"speculate is {speculate}: it must be between 0 and 64")
+        for name, value, least, most in (("slots", slots, 1, 4096), ("speculate", speculate, 0, 64)):
+            require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
         self._tokenizer = tokenizer
         self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
         self._parts = batch_parts()

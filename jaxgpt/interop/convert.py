@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import CheckpointConfig, TokenizerConfig, TrainConfig, TrainingConfig
-from jaxgpt.errors import ConfigError, JaxgptError
+from jaxgpt.errors import JaxgptError, require
 from jaxgpt.files import publish, write_atomically
 from jaxgpt.interop.configs import write_config
 from jaxgpt.interop.load import Dtype, load_model, stored_tensors
@@ -27,10 +27,9 @@ _PROMPT = "The quick brown fox jumps over the lazy dog. 1, 2, 3, 5, 8, 13: def f
 def convert(source: Path, target: Path, to: Literal["jaxgpt", "hf"], dtype: Dtype) -> None:
     """Write the model at `source` (any that `load_model` takes) to the directory `target` in another format. Raises
     ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source."""
-    if target.exists():
-        raise ConfigError(f"convert: {target} exists; remove it or choose another name")
-    if to == "jaxgpt" and dtype != "float32":
-        raise ConfigError(f"convert: jaxgpt holds float32 parameters, not {dtype}; leave --dtype out")
+    require(not target.exists(), f"convert: {target} exists; remove it or choose another name")
+    possible = to != "jaxgpt" or dtype == "float32"
+    require(possible, f"convert: jaxgpt holds float32 parameters, not {dtype}; leave --dtype out")
     trained = load_model(source, for_training=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")

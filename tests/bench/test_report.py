@@ -1,5 +1,6 @@
 """Timing in turns, and what is made of it: the table, the page, the last line, the comparison with a baseline."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,6 +53,25 @@ def test_texts_are_compared() -> None:
     first, second = [[1, 2], [3]], [[1, 2], [4]]
     _, other = measure([Contender("x", "a", lambda: first, {}), Contender("x", "b", lambda: second, {})], rounds=1)
     assert other["reason"] == "1 of 2 texts equal"
+
+
+def test_a_profile_lists_what_took_longest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sorts(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 3, lambda _, x: jnp.sort(jnp.cos(x)), x)
+
+    call, traces = functools.partial(jax.jit(sorts).lower(x := jnp.arange(2.0**18)).compile(), x), tmp_path / "traces"
+    rows = measure([Contender(name, "a", call, {}) for name in "xy"], rounds=2, profile=traces)
+    for row in rows:
+        longest, *_ = row["operations"]
+        assert "sort" in longest and not any(name.startswith("while") for name in row["operations"]), row["operations"]
+        times = list(row["operations"].values())
+        assert times == sorted(times, reverse=True) and 0.1 * row["ms"] < times[0] < 50 * row["ms"]
+    assert (
+        len(list(traces.rglob("*.xplane.pb"))) == 2
+        and "operations" not in measure([Contender("x", "a", call, {})], 1)[0]
+    )
+    Output().show("kernels", rows, {})
+    assert f"{rows[0]['operations'][longest]:,.2f} ms  {longest}\n" in capsys.readouterr().out
 
 
 def test_the_last_line_is_the_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +128,11 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_mistakes_are_found_before_anything_is_measured(tmp_path: Path) -> None:
-    for options in ({"html": tmp_path / "no" / "page.html"}, {"save_baseline": tmp_path / "no" / "b.json"}):
+    for options in (
+        {"html": tmp_path / "no" / "page.html"},
+        {"save_baseline": tmp_path / "no" / "b.json"},
+        {"profile": tmp_path / "no" / "traces"},
+    ):
         with pytest.raises(ConfigError, match="there is no directory"):
             Output(**options)
     with pytest.raises(ConfigError, match="there is no such file"):
