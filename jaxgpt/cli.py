@@ -85,9 +85,7 @@ def kept_programs() -> Iterator[None]:
 
     counts: Counter[str] = Counter()
 
-    def count(event: str, **_: Any) -> None:
-        counts[event.rpartition("/")[2]] += 1
-
+    count = lambda event, **_: counts.update([event.rpartition("/")[2]])  # noqa: E731
     if not (directory := jax.config.values["jax_compilation_cache_dir"]):
         directory = cache_home() / "compiled"
         try:

@@ -176,7 +176,7 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
     with jax.set_mesh(make_mesh(mesh, chips("v5e:2x2"))):
         model = abstract(lambda: Transformer(config, jax.random.key(0)).unstacked())
         slots = abstract_slots(config)
-        filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, *abstract_chosen(), CHUNK))
+        filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, abstract_chosen(), CHUNK, False))
         forms, stopped, enough = abstract_forms(config), slots.done_B, abstract(lambda: jnp.int32(0))
         program = compile_and_note(
             preset, mesh, "decode", decode.lower(model, slots, forms, stopped, enough, STEPS_PER_DISPATCH)

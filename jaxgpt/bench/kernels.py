@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxgpt.bench.report import Contender, Output, Row, first_line, measure
 from jaxgpt.config import ModelConfig, OptimizerConfig
-from jaxgpt.errors import ConfigError
+from jaxgpt.errors import ConfigError, require
 from jaxgpt.kernels.attention import attention, attention_mask, causal_attention
 from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy, output_logits
 from jaxgpt.kernels.experts import mixture
@@ -224,10 +224,10 @@ class Kernels(Output):
     # K head width, F feed-forward width, V vocabulary, E experts, M experts of a token.
     shapes: str = "small"
     dtype: Literal["float32", "bfloat16"] = "float32"  # Of the inputs.
-    # Devices that are not here, such as v5e:2x2 or h100:1: nothing is timed, but compiled for them.
-    compile_for: tuple[str, ...] = ()
+    compile_for: tuple[str, ...] = ()  # Absent devices, such as v5e:2x2 h100:1: compile for them, time nothing.
 
     def run(self) -> None:
+        require(not (self.compile_for and self.profile), "profile: what is compiled for other devices is not run")
         sizes, rows, names = parse_sizes(self.shapes), list[Row](), self.op or list(OPERATIONS)
         for target in self.compile_for or ("",):
             rows += measure(contenders(names, sizes, self.dtype, target), self.rounds, self.profile)

@@ -48,7 +48,7 @@ class Output:
 
     rounds: int = 7  # Times that each program is measured, in turn with the others; the median counts.
     html: Path | None = None  # Page to write, with a picture of the roofline.
-    profile: Path | None = None  # Directory for a trace of one call of each program; its longest operations are listed.
+    profile: Path | None = None  # Directory for traces of our programs, whose longest operations are listed.
     save_baseline: Path | None = None  # File to keep the figures in, for a later comparison.
     baseline: Path | None = None  # Such a file: what is slower now ends in exit status 1.
     tolerance: float = 0.1  # Share by which a program may be slower than in the baseline.
@@ -58,6 +58,7 @@ class Output:
         require(legal, f"rounds {self.rounds}, tolerance {self.tolerance}: at least 1, and from 0 to 100")
         for path in filter(None, (self.html, self.profile, self.save_baseline)):  # now, not after minutes
             require(path.parent.is_dir(), f"{path}: there is no directory {path.parent}; make it")
+        require(not (self.profile and self.profile.is_file()), f"profile {self.profile}: a file; name a directory")
         require(not self.baseline or self.baseline.is_file(), f"baseline {self.baseline}: there is no such file")
 
     def show(self, benchmark: str, rows: list[Row], limits: Row) -> None:
@@ -90,12 +91,13 @@ class Output:
         for what in ("benchmark", "device"):
             both = f"{self.baseline} is of {what} {then.get(what)}, this one is {now[what]}"
             require(now[what] == then.get(what), f"{both}; make another with --save-baseline")
+
+        def times(document: Row) -> Row:
+            return {f"{r['name']} {r['implementation']}": r["relative"] for r in document["rows"] if "relative" in r}
+
         with reading(f"baseline {self.baseline}"):
-            known, timed = (
-                {f"{row['name']} {row['implementation']}": row["relative"] for row in each["rows"] if "relative" in row}
-                for each in (then, now)
-            )
-        pairs = {name: (times, known[name]) for name, times in timed.items() if name in known}
+            known = times(then)
+        pairs = {name: (own, known[name]) for name, own in times(now).items() if name in known}
         longer = {name: new[1] / old[1] for name, (new, old) in pairs.items() if new[0] > old[1] * (1 + self.tolerance)}
         if longer:
             slower = "; ".join(f"{name} takes {ratio:.2f} times as long" for name, ratio in longer.items())
@@ -140,7 +142,9 @@ def measure(contenders: Iterable[Contender], rounds: int, profile: Path | None =
 
 def _longest_operations(call: Callable[[], Any], directory: Path) -> dict[str, float]:
     """Ms of ten operations of the compiled programs; those of a CPU may have run side by side."""
-    with jax.profiler.trace(directory):
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # or a trace of an engine's run is mostly of Python's calls
+    with jax.profiler.trace(directory, profiler_options=options):
         jax.block_until_ready(call())
     newest, spent = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime), Counter[str]()
     for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:

@@ -22,7 +22,7 @@ from jaxgpt.sharding import out_sharding, shard
 # For each state of all automata [N, V] that of the same automaton which a token leads to, or -1 where the token may not
 # come; and the first state of the one that each text follows [B]. State 0 is an automaton of its own, and allows all.
 Forms = tuple[Array, Array]
-# Log-probabilities of tokens [B, S]; ids of the most probable ones at each place [B, S, N], and those of these ids.
+# Log-probabilities of tokens, ids of the N most probable ones at their places, and those of these ids.
 Recorded = tuple[Array, Array, Array]
 
 
@@ -31,7 +31,7 @@ class Slots(NamedTuple):
 
     cache: Cache
     tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
-    recorded: Recorded  # where a slot's rules say so
+    recorded: Recorded  # [B, S], [B, S, N] twice: where a request wants them
     lengths_B: Array  # tokens of each slot so far
     states_B: Array  # of the automaton that each text follows
     done_B: Array  # True once a text is complete, and in a free slot
@@ -86,11 +86,13 @@ def admit(slots: Slots, new_B: Array, tokens_BS: Array, rules: Rules) -> Slots:
     )
 
 
-@functools.partial(jax.jit, static_argnames="chunk", donate_argnames="slots")
-def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, starts_Q: Array, chunk: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("chunk", "score"), donate_argnames="slots")
+def prefill(model: Transformer, slots: Slots, which: tuple[Array, Array, Array], chunk: int, score: bool) -> Slots:
     """Fill the cache of one slot in each part of the mesh with `chunk` of its tokens, from its own place on; what is
-    before that is copied from a donor, a slot of that part whose text begins with the same tokens. Slots are numbered
-    within their part; a number beyond them stands for none. One at a time: more would change a row's bits on a CPU."""
+    before that is copied from a donor, a slot of that part whose text begins with the same tokens. `which` are slot,
+    donor and place [Q]; slots are numbered within their part, and a number beyond them stands for none. One at a time:
+    more would change a row's bits on a CPU. To `score` is to record the tokens' log-probabilities, too."""
+    chosen_Q, donors_Q, starts_Q = which
     parts, S = len(chosen_Q), slots.tokens_BS.shape[1]
 
     @jax.jit  # traced once for all layers, which takes half as long
@@ -103,25 +105,22 @@ def prefill(model: Transformer, slots: Slots, chosen_Q: Array, donors_Q: Array, 
         whole = written(_by_part(old, parts), chosen_Q, new)
         return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
 
-    def read(places_QC: Array) -> Array:
-        return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
-
-    places_QC = starts_Q[:, None] + jnp.arange(chunk)[None]
+    places_QC = starts_Q[:, None] + jnp.arange(chunk + 1)[None]
+    read_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
+    tokens_QC, labels_QC, places_QC = read_QC[:, :-1], read_QC[:, 1:], places_QC[:, :-1]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
     positions_QC = jnp.where(missing, S, places_QC)  # which is not written
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
     shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
     known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
-    tokens_QC, positions_QC = shard(read(places_QC), "BT"), shard(positions_QC, "BT")
+    tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
     x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
-
-    def record(old: Recorded) -> Recorded:
-        new = jax.vmap(_log_probabilities, (0, 0, None))(model.logits(x_QCD), read(places_QC + 1), old[1].shape[-1])
+    recorded = slots.recorded
+    if score:  # a program of its own: the last layer's products, but for its keys and values, are for this alone
+        of_each = jax.vmap(functools.partial(_log_probabilities, count=recorded[1].shape[-1]))
+        told = of_each(model.logits(x_QCD), labels_QC)
         write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
-        return jax.tree.map(lambda x, values: put(x, write(take(x, chosen_Q), positions_QC, values)), old, new)
-
-    wanted = take(slots.rules.prompt_logprobs, chosen_Q).any()
-    recorded = jax.lax.cond(wanted, record, lambda old: old, slots.recorded)
+        recorded = jax.tree.map(lambda x, new: put(x, write(take(x, chosen_Q), positions_QC, new)), recorded, told)
     return slots._replace(cache=jax.tree.map(put, slots.cache, cache), recorded=recorded)
 
 

@@ -43,7 +43,7 @@ class Completion:
     prompt_tokens: int
     logprobs: list[float] | None = None  # log-probability of each token, where the request asked for it
     top_logprobs: list[dict[int, float]] | None = None  # those of the most probable tokens at each place
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # of each token of the prompt, and the most probable
+    prompt_logprobs: list[dict[int, float | None] | None] | None = None  # also of the top ones; None: not finite
 
 
 class Request(NamedTuple):
@@ -162,8 +162,8 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
-        none = params.logprobs is params.prompt_logprobs is None
-        require(none, "logprobs: a stream has none; leave it out, or use Engine.generate")
+        for name in ("logprobs", "prompt_logprobs"):
+            require(getattr(params, name) is None, f"{name}: a stream has none; leave it out, or use Engine.generate")
         return ((more.request.sample, more.text) for more in self.run(self.requests(prompt, params)) if more.text)
 
     def room(self, prompt: Prompt) -> int:
@@ -194,7 +194,8 @@ class Engine:
         require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
         regex, schema = "|".join(map(re.escape, params.choice)) or params.regex, params.json_schema
         form = token_table(regex, schema, self._spelt, ends) if regex or schema else None
-        return [Request(ids, params, ends, form, sample, tag) for sample in range(params.num_samples)]
+        each = [params, *[replace(params, prompt_logprobs=None)] * (params.num_samples - 1)]  # one scores the prompt
+        return [Request(ids, own, ends, form, sample, tag) for sample, own in enumerate(each)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
@@ -256,16 +257,18 @@ class Engine:
         for now in itertools.zip_longest(*by_part):
             chosen_Q, donors_Q, starts_Q = (np.full(self._parts, n, np.int32) for n in (in_part, 0, 0))
             chunks, there = 1, [(part, slot) for part, slot in enumerate(now) if slot is not None]
+            scored = [slot for _, slot in there if new[slot].params.prompt_logprobs is not None]
             for part, slot in there:
                 ids, first = new[slot].ids, part * in_part
-                shared = [_shared(ids, known) for known in prompts[first : first + in_part]]
-                start = max(shared) if new[slot].params.prompt_logprobs is None else 0
-                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, int(np.argmax(shared)), start
+                alike = [[]] if slot in scored else prompts[first : first + in_part]  # what is copied is not scored
+                shared = [_shared(ids, known) for known in alike]
+                start = max(shared)
+                chosen_Q[part], donors_Q[part], starts_Q[part] = slot - first, shared.index(start), start
                 chunks = max(chunks, math.ceil((len(ids) - 1 - start) / CHUNK))
                 self.reused += start
             for chunk in range(chunks):
                 given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)
-                slots = prefill(self._model, slots, *(_put(x, "B") for x in given), CHUNK)
+                slots = prefill(self._model, slots, tuple(_put(x, "B") for x in given), CHUNK, bool(scored))
             for _, slot in there:
                 # Longrope's keys depend on the end of the text too.
                 prompts[slot] = [] if self._model.config.rope_scaling == "longrope" else new[slot].ids
@@ -278,16 +281,17 @@ def _put(array: np.ndarray, axes: str) -> Array:
 
 def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) -> Completion:
     wanted, of_prompt = request.params.logprobs, request.params.prompt_logprobs
-    if wanted is of_prompt is None:
+    if wanted is None and of_prompt is None:
         return done
     rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
-    chosen, ids, top = (row.tolist() for row in jax.device_get(tuple(rows)))
+    here = range(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
+    none = np.array(None)  # stands for what is not finite, which JSON cannot say
+    chosen, ids, top = (np.where(np.isfinite(x), x, none)[: here.stop].tolist() for x in jax.device_get(tuple(rows)))
     most = lambda place, n: dict(zip(ids[place][:n], top[place][:n], strict=True))  # noqa: E731
     if of_prompt is not None:
-        told = [{token: chosen[i]} | most(i, of_prompt) for i, token in enumerate(request.ids)]
-        done = replace(done, prompt_logprobs=[None, *told[1:]])
+        scores = ({token: chosen[i]} | most(i, of_prompt) for i, token in enumerate(request.ids[1:], 1))
+        done = replace(done, prompt_logprobs=[None, *scores])
     if wanted is not None:
-        here = range(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
         done = replace(done, logprobs=[chosen[i] for i in here], top_logprobs=[most(i, wanted) for i in here])
     return done
 

@@ -31,10 +31,8 @@ class SamplingParams(Section):
     top_k: int = 0  # Choose among this many most probable tokens (more where several are equal); 0 is all.
     top_p: float = 1.0  # Choose among the most probable tokens that together reach this (arXiv:1904.09751).
     min_p: float = 0.0  # Choose among tokens of at least this share of the largest probability (arXiv:2407.01082).
-    # Choose among the tokens nearest to the expected surprise that together reach this (arXiv:2202.00666).
-    typical_p: float = 1.0
-    # Divides the positive logits of all tokens so far, and multiplies the negative ones (arXiv:1909.05858).
-    repetition_penalty: float = 1.0
+    typical_p: float = 1.0  # Choose among tokens nearest to the expected surprise that reach this (arXiv:2202.00666).
+    repetition_penalty: float = 1.0  # Divides positive logits of tokens so far, multiplies negative (arXiv:1909.05858).
     presence_penalty: float = 0.0  # Subtracted from the logits of tokens that were generated.
     frequency_penalty: float = 0.0  # Subtracted from a token's logit for each time that it was generated.
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), at most 300.
@@ -49,9 +47,8 @@ class SamplingParams(Section):
     stop_token_ids: tuple[int, ...] = ()  # Tokens that end a completion, beside the model's own.
     min_new_tokens: int = 0  # No token ends a completion before this many.
     ignore_eos: bool = False  # Go on after the model's own end of a text.
-    # Record the log-probability of each chosen token and of this many alternatives, before any of the above.
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None  # The same of the tokens of the prompt but the first.
+    logprobs: int | None = None  # Log-probabilities of each token and so many alternatives, before any of the above.
+    prompt_logprobs: int | None = None  # The same of the tokens of the prompt but the first, with the first sample.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +83,6 @@ class Rules(NamedTuple):
     bias_ids_N: Numbers
     bias_N: Numbers
     logprobs: Numbers  # whether log-probabilities are recorded
-    prompt_logprobs: Numbers  # and those of the prompt
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_length: int, context: int, ends: tuple, sample: int) -> "Rules":
@@ -103,7 +99,6 @@ class Rules(NamedTuple):
             seed=np.uint32(params.seed), sample=np.int32(sample), top_k=np.int32(params.top_k),
             bias_ids_N=padded(bias, MAX_BIASED, 2**31 - 1, np.int32),
             bias_N=padded(bias.values(), MAX_BIASED, 0, np.float32), logprobs=np.bool_(params.logprobs is not None),
-            prompt_logprobs=np.bool_(params.prompt_logprobs is not None),
             **{name: np.float32(getattr(params, name)) for name in (*floats, *penalties)},
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ def convert(source: Path, target: Path, to: Literal["jaxgpt", "hf"], dtype: Dtyp
     """Write the model at `source` (any that `load_model` takes) to the directory `target` in another format. Raises
     ConfigError when the target exists or the format cannot hold the model, BadFileError for a bad source."""
     require(not target.exists(), f"convert: {target} exists; remove it or choose another name")
-    possible = to != "jaxgpt" or dtype == "float32"
+    possible = to == "hf" or dtype == "float32"
     require(possible, f"convert: jaxgpt holds float32 parameters, not {dtype}; leave --dtype out")
     trained = load_model(source, for_training=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
 _BYTES |= {"I64": 8, "U64": 8, "F64": 8}
-_MAX_HEADER, _MAX_DIMS = 2**24, 8  # bytes of JSON, of 30 times as many in memory; the index of DeepSeek-V3 has 9 MB
+_MAX_HEADER, _MAX_DIMS = 2**24, 8  # bytes of JSON, 30 times as many in memory; the index of DeepSeek-V3 has 9 MB
 _PART = 2**19  # elements that a core works on at a time
 _CORES = ThreadPoolExecutor(_N_CORES := os.cpu_count() or 1)
 

@@ -12,8 +12,6 @@ from jax import Array
 
 from jaxgpt.sharding import out_sharding
 
-Activation = Callable[[Array], Array]
-
 
 def route(logits_BTE: Array, count: int, normalize: bool) -> tuple[Array, Array]:
     """Weights (that add up to 1, if `normalize`) and numbers of the `count` most probable experts, [B, T, M] each."""
@@ -24,7 +22,7 @@ def route(logits_BTE: Array, count: int, normalize: bool) -> tuple[Array, Array]
 
 
 def mixture(
-    x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple[Array, Array, Array], activate: Activation
+    x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple[Array, Array, Array], activate: Callable
 ) -> Array:
     """The weighted sum [B, T, D] of each token's experts, down(activate(gate(x)) * up(x)). `matrices` are gate and up
     [E, D, F] and down [E, F, D], as they are cut for use: F over `tensor`, all else whole."""

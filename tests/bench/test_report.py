@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt.bench.kernels import Kernels
 from jaxgpt.bench.report import Contender, Output, Row, measure
 from jaxgpt.errors import BadFileError, ConfigError, SlowerError
 
@@ -136,6 +137,10 @@ def test_mistakes_are_found_before_anything_is_measured(tmp_path: Path) -> None:
             Output(**options)
     with pytest.raises(ConfigError, match="there is no such file"):
         Output(baseline=tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="a file; name a directory"):
+        Output(profile=Path(__file__))
+    with pytest.raises(ConfigError, match="is not run"):
+        Kernels(compile_for=("v5e:2x2",), profile=tmp_path / "traces").run()
 
 
 def test_a_damaged_baseline_is_one_line(tmp_path: Path) -> None:

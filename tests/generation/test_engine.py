@@ -1,9 +1,10 @@
 """Generation: what repeated full passes would give, the same for every batch, mesh and run, within its bounds."""
 
 import functools
+import json
 import sysconfig
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,10 @@ def test_prompts_that_begin_alike_share_keys_and_values(
     short = [[5, 6, 7]], SamplingParams(3, temperature=0)
     passes = 0
 
-    def counted(model: Any, slots: Any, chosen: Any, *rest: Any) -> Any:
+    def counted(*given: Any) -> Any:
         nonlocal passes
         passes += 1
-        return prefill(model, slots, chosen, *rest)
+        return prefill(*given)
 
     with mesh_of(*shape):
         engine = Engine(make_model(tokenizer, context_length=768, **MODERN), tokenizer)
@@ -281,15 +282,17 @@ def test_log_probabilities_of_a_prompt_are_the_model_s(mesh_of: Callable[..., An
     ids = np.random.default_rng(2).integers(4, tokenizer.vocab_size, 150).tolist()
     with mesh_of(data=2):
         model = make_model(tokenizer, context_length=192, **MODERN)
-        engine = Engine(model, tokenizer)
-        plain = replace(GREEDY, max_new_tokens=3)
-        settings = [plain, replace(plain, prompt_logprobs=2), replace(plain, prompt_logprobs=0, logprobs=1)]
-        found = engine.generate([ids, ids, ids[:1]], settings)
+        engine = Engine(model, tokenizer, slots=2)  # one on each device
+        plain = replace(GREEDY, max_new_tokens=3, logprobs=0)
+        settings = [plain, replace(plain, prompt_logprobs=2), replace(plain, prompt_logprobs=0, num_samples=2)]
+        *found, second = engine.generate([ids, ids, ids[:1]], settings)
         (again,) = engine.generate([ids], settings[1])
+        alone = Engine(model, tokenizer, slots=2).generate([ids], plain)
         logits = full_pass(model, shard(jnp.array([ids, ids]), "BT"))
     expected = np.asarray(jax.nn.log_softmax(np.asarray(logits)[0]))
-    assert found[0].prompt_logprobs is None and found[1].logprobs is None
-    assert found[2].prompt_logprobs == [None] and found[2].logprobs is not None
+    assert alone == found[:1], "to the last bit, where nothing is scored beside it"
+    assert found[0].prompt_logprobs is second.prompt_logprobs is None and found[2].prompt_logprobs == [None]
+    assert found[0].logprobs == found[1].logprobs is not None
     assert again.prompt_logprobs == found[1].prompt_logprobs is not None and again.token_ids == found[0].token_ids
     first, *others = found[1].prompt_logprobs
     assert first is None and len(others) == 149
@@ -331,6 +334,9 @@ def test_a_row_that_is_not_finite_fails_alone(mesh_of: Callable[..., Any], token
         engine = Engine(model, tokenizer, slots=2)
         refilled = engine.generate(["q", "q", "q" * 90, *3 * ["def f(", "import "]], GREEDY)
         later = engine.generate(["def f(", "import "], GREEDY)
+        (scored,) = engine.generate(["aq" + 70 * "b"], replace(GREEDY, prompt_logprobs=1))
+    assert scored.finish_reason == "error" and None in (scored.prompt_logprobs or [{}])[-1].values()
+    json.dumps(asdict(scored), allow_nan=False)
     assert [found[0], found[2]] == good
     assert (found[1].finish_reason, found[1].token_ids) == ("error", [])
     assert [each.finish_reason for each in refilled[:3]] == ["error"] * 3
