@@ -43,7 +43,7 @@ class Completion:
     prompt_tokens: int
     logprobs: list[float] | None = None  # log-probability of each token, where the request asked for it
     top_logprobs: list[dict[int, float]] | None = None  # those of the most probable tokens at each place
-    prompt_logprobs: list[dict[int, float | None] | None] | None = None  # also of the top ones; None: not finite
+    prompt_logprobs: list[dict[int, float | None] | None] | None = None  # and of the top ones; None: not finite
 
 
 class Request(NamedTuple):
@@ -286,7 +286,8 @@ def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) 
     rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
     here = range(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
     none = np.array(None)  # stands for what is not finite, which JSON cannot say
-    chosen, ids, top = (np.where(np.isfinite(x), x, none)[: here.stop].tolist() for x in jax.device_get(tuple(rows)))
+    told = [row[: here.stop] for row in jax.device_get(tuple(rows))]
+    chosen, ids, top = (np.where(np.isfinite(row), row, none).tolist() for row in told)
     most = lambda place, n: dict(zip(ids[place][:n], top[place][:n], strict=True))  # noqa: E731
     if of_prompt is not None:
         scores = ({token: chosen[i]} | most(i, of_prompt) for i, token in enumerate(request.ids[1:], 1))
