@@ -56,6 +56,8 @@ def test_texts_are_compared() -> None:
     assert other["reason"] == "1 of 2 texts equal"
 
 
+# A warning of Python 3.13 about the profiler's own types, while they are made, would be the end of the process.
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")
 def test_a_profile_lists_what_took_longest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sorts(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 3, lambda _, x: jnp.sort(jnp.cos(x)), x)
