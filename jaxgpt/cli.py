@@ -84,7 +84,6 @@ def kept_programs() -> Iterator[None]:
     import jax
 
     counts: Counter[str] = Counter()
-
     count = lambda event, **_: counts.update([event.rpartition("/")[2]])  # noqa: E731
     if not (directory := jax.config.values["jax_compilation_cache_dir"]):
         directory = cache_home() / "compiled"
@@ -141,6 +140,9 @@ class Generate(Compute):
     def run(self) -> None:
         if (self.input is None) != (self.output is None) or (self.input and self.prompt):
             raise ConfigError("generate: give --prompt, or --input with --output")
+        for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):  # as an Engine does, which comes late
+            value = getattr(self, name)
+            require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
         from jaxgpt.generation.batch import Job
         from jaxgpt.generation.engine import Engine
 

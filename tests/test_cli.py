@@ -321,6 +321,12 @@ def test_generate_takes_a_mesh(command: Callable[..., Any], finished: Path) -> N
     assert command("generate.py", *words, "--mesh.tensor", "2").out == one.out
 
 
+@pytest.mark.parametrize("words", ["--slots 0", "--slots 4097", "--speculate 65"])
+def test_generate_refuses_before_a_model_is_read(command: Callable[..., Any], words: str) -> None:
+    outcome = command("generate.py", "--checkpoint", "nowhere", "--prompt", "x", *words.split())
+    assert outcome.status == 2 and outcome.error.startswith(f"{words[2:].replace(' ', ' is ')}: it must be between")
+
+
 def plain_environment() -> dict[str, str]:
     """With a buffered standard output, as users have it."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

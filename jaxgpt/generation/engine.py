@@ -285,9 +285,8 @@ def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) 
         return done
     rows = (x.at[slot].get(out_sharding=out_sharding("__"[: x.ndim - 1])) for x in slots.recorded)
     here = range(done.prompt_tokens, done.prompt_tokens + len(done.token_ids))
-    none = np.array(None)  # stands for what is not finite, which JSON cannot say
-    told = [row[: here.stop] for row in jax.device_get(tuple(rows))]
-    chosen, ids, top = (np.where(np.isfinite(row), row, none).tolist() for row in told)
+    told = [row[: here.stop] for row in jax.device_get(tuple(rows))]  # None: JSON has no word for what is not finite
+    chosen, ids, top = (np.where(np.isfinite(row), row, np.array(None)).tolist() for row in told)
     most = lambda place, n: dict(zip(ids[place][:n], top[place][:n], strict=True))  # noqa: E731
     if of_prompt is not None:
         scores = ({token: chosen[i]} | most(i, of_prompt) for i, token in enumerate(request.ids[1:], 1))
