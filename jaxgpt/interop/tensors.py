@@ -11,15 +11,14 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxgpt.errors import BadFileError
-from jaxgpt.files import parse_json, read_json, sync, write_atomically
+from jaxgpt.files import parse_json, read_json, sync
 
 FLOATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -34,8 +33,7 @@ _PART = 2**19  # elements that a core works on at a time
 _CORES = ThreadPoolExecutor(_N_CORES := os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """`read()` gives `shape` in row-major order, F32, F16 and BF16 as stored, all else and what is written float32."""
 
     shape: tuple[int, ...]
@@ -124,26 +122,8 @@ def _size(kind: str, shape: Sequence) -> int:
     return math.prod(shape) * _BYTES.get(kind, 0)
 
 
-def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor], shard_bytes: float = 5e9) -> None:
-    """Write tensors of the kinds F32, F16 and BF16, one in memory at a time. More than `shard_bytes` go to several
-    files of about that size and an index, in the names that other tools expect."""
-    shards: dict[float, dict[str, StoredTensor]] = {}
-    at = 0
-    for name, tensor in tensors.items():
-        shards.setdefault(at // shard_bytes, {})[name] = tensor
-        at += _size(tensor.kind, tensor.shape)
-    places: dict[str, str] = {}
-    for i, shard in enumerate(shards.values(), 1):
-        file = _ONE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _write_file(directory / file, shard)
-        places |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": at}, "weight_map": places}
-        write_atomically(directory / _INDEX, json.dumps(index, indent=2).encode())
-    sync(directory)
-
-
-def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write tensors of the kinds F32, F16 and BF16 to one file, one in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
@@ -152,8 +132,8 @@ def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         at = end
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
-    with open(path, "wb") as file:
+    with open(directory / _ONE, "wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.read(), PLAIN[tensor.kind]).view(np.uint8).data)
-    sync(path)
+    sync(directory / _ONE)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from jaxgpt.config import ModelConfig, TokenizerConfig
 from jaxgpt.interop import load as load_module
@@ -87,8 +88,21 @@ def random_model(config: ModelConfig) -> Transformer:
     return jax.tree_util.tree_map_with_path(draw, place_shapes(abstract))
 
 
+def _split(directory: Path, count: int) -> None:
+    """Several files and an index in place of one, as large models come."""
+    whole = directory / "model.safetensors"
+    tensors = load_file(whole)
+    places = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(places.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if places[name] == file}, directory / file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole.unlink()
+
+
 def write_hf(
-    directory: Path, name: str, tokenizer: Tokenizer | None = None, shard_bytes: float = 5e9, **changed: Any
+    directory: Path, name: str, tokenizer: Tokenizer | None = None, files: int = 1, **changed: Any
 ) -> Transformer:
     """A directory as its family's owner would give it; the mesh must be set. Returns the model."""
     config = config_of(name, **changed)
@@ -98,7 +112,9 @@ def write_hf(
     family, hf = write_config(config, model_type)
     assert family is family_of(model_type, name)
     (directory / "config.json").write_text(json.dumps(hf))
-    write_safetensors(directory, stored_tensors(model, family), shard_bytes)
+    write_safetensors(directory, stored_tensors(model, family))
+    if files > 1:
+        _split(directory, files)
     if tokenizer:
         write_tokenizer(tokenizer, directory)
     return model

@@ -277,7 +277,7 @@ def test_parameters_go_to_their_devices_in_parts(
     """Each once, from the host to where it is cut; no device ever has a whole that is cut over several, and the host
     drops what it has read before it reads the next parameter."""
     with mesh_of():
-        written = made.write_hf(tmp_path / "hf", name, shard_bytes=5e4, **WIDE)
+        written = made.write_hf(tmp_path / "hf", name, files=4, **WIDE)
         expected = leaves(written if for_training else for_decoding(written))
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
     watch = Watch(monkeypatch)
