@@ -31,10 +31,3 @@ class Bar(Progress):
         self.update(task.id, completed=done, figures=figures)
         if due and self.disable:
             self.say(f"{task.description} {done}/{task.total}  {figures}")
-
-
-def clock(seconds: float) -> str:
-    """Such as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.tokenizer import (
-    SPACE,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxgpt.tokenizer.base import SPACE
+from jaxgpt.tokenizer.spm import SentencePieceTokenizer
 
 SPECIAL = ("<|user|>", "<|end|>", "<|end|>more")
 NASTY = [

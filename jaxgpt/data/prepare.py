@@ -20,9 +20,9 @@ import numpy as np
 
 from jaxgpt.config import DataConfig, TokenizerConfig
 from jaxgpt.data.corpus import Problems, find_sources, read_documents
-from jaxgpt.data.shards import FORMAT, Corpus, finished_shards, open_tokenized, token_dtype, write_shard
+from jaxgpt.data.shards import FORMAT, LONGEST_JSON, Corpus, open_tokenized, token_dtype, write_shard
 from jaxgpt.errors import BadFileError, note
-from jaxgpt.files import locked, write_atomically
+from jaxgpt.files import locked, read_json, write_atomically
 from jaxgpt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 
 BATCH_CHARACTERS = 4 * 2**20  # text that is encoded at once, over all threads
@@ -173,7 +173,9 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
 
 
 def _write_split(directory: Path, split: str, text: TextCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    shards = finished_shards(directory, split)
+    shards: list[dict[str, Any]] = []
+    while (side_car := directory / f"{split}_{len(shards):05}.json").exists():
+        shards.append(read_json(side_car, LONGEST_JSON))
     if shards:
         note(f"data {text.name}: going on after {len(shards)} finished {split} shards")
     done = sum(shard["documents"] for shard in shards)

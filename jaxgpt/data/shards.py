@@ -10,9 +10,8 @@ import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 2
 VERIFIED_BYTES = 2**30  # checksums of this many bytes are verified on opening: about a second
-LONGEST_JSON = 2**30  # bytes; side-cars once held the name of each document
+LONGEST_JSON = 2**24  # bytes
 
 
 class TokenStream:
@@ -44,8 +43,7 @@ class TokenStream:
         return np.concatenate([np.empty(0, np.int32), *parts])
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """One tokenized corpus: what the loader reads from."""
 
     name: str
@@ -82,14 +80,6 @@ def write_shard(stem: Path, encoded: Iterator[tuple[str, np.ndarray]], shard_tok
         shard[key] = hashlib.sha256(written.getvalue()).hexdigest()
     write_atomically(Path(f"{stem}.json"), json.dumps(shard).encode())
     return shard
-
-
-def finished_shards(directory: Path, split: str) -> list[dict[str, Any]]:
-    """The side-cars of the shards that an earlier run finished, in order; older ones hold names too."""
-    shards: list[dict[str, Any]] = []
-    while (path := directory / f"{split}_{len(shards):05}.json").exists():
-        shards.append({name: value for name, value in read_json(path, LONGEST_JSON).items() if name != "names"})
-    return shards
 
 
 def open_tokenized(directory: Path, tokenizer: Tokenizer) -> Corpus:

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxgpt.errors import BadFileError, ConfigError, StorageError, nearest, note
 from jaxgpt.files import append, bounded_lines, locked, publish, sync, write_atomically
 from jaxgpt.generation.engine import Completion, Engine, Request
 from jaxgpt.generation.sampling import SamplingParams
-from jaxgpt.progress import Bar, clock
+from jaxgpt.progress import Bar
 
 LONGEST_LINE = 16 * 2**20  # bytes of an input line
 _REPORT_SECONDS = 10.0  # between lines for people where there is no terminal, each when its answers are on the disk
@@ -102,7 +103,7 @@ def answer(line: Line, completions: Sequence[Completion]) -> Json:
     generated = sum(len(each.token_ids) for each in completions)
     counts = {"prompt_tokens": completions[0].prompt_tokens, "completion_tokens": generated}
     if line.url is None:
-        samples = [{name: x for name, x in asdict(each).items() if x is not None} for each in completions]
+        samples = [{name: x for name, x in each._asdict().items() if x is not None} for each in completions]
         return {"id": line.id} | (samples[0] if len(samples) == 1 else {"samples": samples}) | counts
     choices: list[Json] = []
     for i, each in enumerate(completions):
@@ -238,7 +239,7 @@ def _answer_lines(job: Job, engine: Engine, encode_chat: EncodeChat, output: _Ou
                 if due := (now := time.monotonic()) - said > _REPORT_SECONDS:
                     sync(output.part)
                     said = now
-                left = (len(part) - output.written) * (now - began) / max(output.written - first, 1)
+                left = round((len(part) - output.written) * (now - began) / max(output.written - first, 1))
                 full = engine.used / max(engine.places, 1)
-                figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full  {clock(left)} left"
-                bar.show(output.written, f"{figures}  {output.errors} errors", due=due)
+                figures = f"{engine.tokens / (now - began):,.1f} tokens/s  slots {full:.0%} full"
+                bar.show(output.written, f"{figures}  {timedelta(seconds=left)} left  {output.errors} errors", due=due)

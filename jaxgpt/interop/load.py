@@ -184,7 +184,7 @@ def load_model(
         raise ConfigError(f"{'dtype' if is_run else 'step'} {unused}: {path} has its own; leave it out")
     if is_run:
         trained = load_run(path, step)
-        return trained if for_training else replace(trained, model=for_decoding(trained.model))
+        return trained if for_training else trained._replace(model=for_decoding(trained.model))
     layout, tensors, open_tokenizer = open_model(path, dtype or "float32")
     tokenizer, model = open_tokenizer(), load_weights(layout, tensors, for_training=for_training)
     if (more := tokenizer.vocab_size - (model.config.vocab_size or 0)) > 0:

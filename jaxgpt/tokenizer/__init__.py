@@ -9,14 +9,11 @@ import os
 from pathlib import Path
 
 from jaxgpt.files import read_bounded, read_json, reading
-from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer
+from jaxgpt.tokenizer.base import Settings, Tokenizer
 from jaxgpt.tokenizer.bpe import MAX_BYTES, JsonTokenizer
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer, train_tokenizer
 
-__all__ = [
-    "SPACE", "TOKENIZER_FILES", "JsonTokenizer", "SentencePieceTokenizer", "Tokenizer", "load_tokenizer",
-    "train_tokenizer",
-]  # fmt: skip
+__all__ = ["TOKENIZER_FILES", "Tokenizer", "load_tokenizer", "train_tokenizer"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # looked for in this order
 

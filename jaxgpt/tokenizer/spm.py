@@ -47,8 +47,6 @@ class SentencePieceTokenizer(Tokenizer):
             raise BadFileError(f"{where} cannot reproduce every text: {needs}; {remedy}")
 
     def _cut(self, texts: list[str], special: bool) -> list[list[int]]:
-        if len(texts) == 1:  # a thread would take 0.1 ms
-            return [self._model.encode(texts[0])]
         return self._model.encode(texts, num_threads=os.cpu_count() or 1)
 
 

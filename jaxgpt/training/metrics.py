@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import jax
@@ -24,7 +25,6 @@ from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.files import append, write_atomically
 from jaxgpt.model import Transformer
-from jaxgpt.progress import clock
 from jaxgpt.sharding import place_batch
 from jaxgpt.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ def _start_wandb(config: TrainConfig) -> Any:
 def step_figures(record: dict[str, Any], seconds_left: float) -> str:
     mfu = f"{100 * record['mfu']:.1f} %" if "mfu" in record else "n/a"
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"
-    return f"loss {record['loss']:.4f}  {speed}  MFU {mfu}  {clock(seconds_left)} left"
+    return f"loss {record['loss']:.4f}  {speed}  MFU {mfu}  {timedelta(seconds=round(seconds_left))} left"
 
 
 def evaluation_figures(record: dict[str, Any], corpora: list[Corpus]) -> str:

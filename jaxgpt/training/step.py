@@ -3,8 +3,7 @@
 Letters: A accumulation steps, B batch, T length, D model width, V vocabulary."""
 
 import functools
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +38,6 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def decays(path: tuple[Any, ...]) -> bool:
-    """Weight decay is for matrices and embeddings; by name, since a stacked norm [L, D] looks like a matrix."""
-    return parameter_name(path).rsplit(".", 1)[-1] not in ("bias", "scale")
-
-
 def _muon_dimensions(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
     """Which axes of a kernel [L, ...] are its input and its output."""
     if ".mlp." in (name := parameter_name(path)) and p.ndim == 4:
@@ -70,10 +64,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             # Optax's own choice for all else is Adam with Nesterov momentum, whose first steps are half as large again.
             label = _of_each(lambda path, _: "muon" if parameter_name(path).endswith(".kernel") else "adam")
             rule = optax.partition({"muon": _sharded_by_compiler(orthogonal), "adam": adam}, label)
+    # By name: a stacked norm [L, D] looks like a matrix.
+    decays = _of_each(lambda path, _: not parameter_name(path).endswith((".bias", ".scale")))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         rule,
-        optax.add_decayed_weights(config.weight_decay, _of_each(lambda path, _: decays(path))),
+        optax.add_decayed_weights(config.weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
@@ -90,9 +86,7 @@ def _sharded_by_compiler(rule: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformation(rule.init, update)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """All that a step reads and writes; every leaf is an array with its sharding."""
 
     step: Array  # updates done, int32
@@ -103,7 +97,7 @@ class TrainState:
     @property
     def rest(self) -> dict[str, Any]:
         """What a checkpoint holds beside the model."""
-        return {name: part for name, part in vars(self).items() if name != "model"}
+        return {name: part for name, part in self._asdict().items() if name != "model"}
 
 
 def init_state(config: TrainConfig, model: Transformer | None = None) -> TrainState:
@@ -181,11 +175,11 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         updated = TrainState(state.step, new_model, new_optimizer, None)
         if state.raw_model:
             average = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state.model, new_model)
-            updated = replace(updated, model=average, raw_model=new_model)
+            updated = updated._replace(model=average, raw_model=new_model)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         now = rate(state.optimizer[-1].count)  # less than the step after skipped updates
         metrics = losses | {"grad_norm": norm, "learning_rate": now, "tokens": tokens, "finite": finite}
-        return replace(kept, step=state.step + 1), metrics
+        return kept._replace(step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

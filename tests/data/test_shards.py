@@ -187,17 +187,6 @@ def test_two_processes_at_once(tmp_path: Path, pages: Path) -> None:
     open_tokenized(directory, load_tokenizer(directory / "tokenizer.model"))
 
 
-def test_older_side_cars_have_names(tmp_path: Path, pages: Path) -> None:
-    """Whether its preparation was finished or not, the directory of an older version is the same corpus."""
-    _, (corpus,), _ = prepare(tmp_path, pages, shard_tokens=20_000)
-    for path in corpus.directory.glob("*_*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"names": ["pages.jsonl:1"]}))
-    assert prepare(tmp_path, pages, shard_tokens=20_000)[1][0].fingerprint == corpus.fingerprint
-    (corpus.directory / "meta.json").unlink()
-    _, (again,), said = prepare(tmp_path, pages, shard_tokens=20_000)
-    assert any("going on after" in line for line in said) and again.fingerprint == corpus.fingerprint
-
-
 def test_damage_is_refused(tmp_path: Path, pages: Path) -> None:
     tokenizer, (corpus,), _ = prepare(tmp_path, pages, shard_tokens=20_000)
     directory = corpus.directory

@@ -13,8 +13,9 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.interop.configs import Family, read_config, write_config
 from jaxgpt.interop.load import Layout
 from jaxgpt.interop.tensors import read_safetensors
-from jaxgpt.tokenizer import SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from jaxgpt.tokenizer.base import Kind
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.tokenizer.base import SPACE, Kind
+from jaxgpt.tokenizer.spm import SentencePieceTokenizer
 
 Json = dict[str, Any]
 

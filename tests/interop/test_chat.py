@@ -27,7 +27,8 @@ from jaxgpt.interop.chat import chat, encode_chat
 from jaxgpt.interop.chat_template import render
 from jaxgpt.model import Transformer
 from jaxgpt.run import TrainedModel
-from jaxgpt.tokenizer import JsonTokenizer, Tokenizer, train_tokenizer
+from jaxgpt.tokenizer import Tokenizer, train_tokenizer
+from jaxgpt.tokenizer.bpe import JsonTokenizer
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 CHATML = """\

@@ -15,7 +15,9 @@ import tokenizers
 
 from jaxgpt.errors import ConfigError
 from jaxgpt.interop.vocabulary import from_gguf, open_tokenizer, write_tokenizer
-from jaxgpt.tokenizer import SPACE, JsonTokenizer, Tokenizer, load_tokenizer
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.tokenizer.base import SPACE
+from jaxgpt.tokenizer.bpe import JsonTokenizer
 
 ALPHABETS = [
     (0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x780), (0x900, 0xD80), (0xE00, 0xF00),

@@ -17,9 +17,10 @@ from jaxgpt import cli
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError, JaxgptError
 from jaxgpt.interop.vocabulary import from_gguf, open_tokenizer, write_tokenizer
-from jaxgpt.tokenizer import SPACE, JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from jaxgpt.tokenizer.base import Kind
-from jaxgpt.tokenizer.bpe import CUTTINGS, tokenizer_json
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxgpt.tokenizer.base import SPACE, Kind
+from jaxgpt.tokenizer.bpe import CUTTINGS, JsonTokenizer, tokenizer_json
+from jaxgpt.tokenizer.spm import SentencePieceTokenizer
 
 TEXTS = [
     "", " ", "   ", "a  b\n\n    c\t\t\n", "Don't SAY 31,415 things", "def f(x):\n        return x  # naïve \U0001f642",

@@ -214,7 +214,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
         display.say(evaluation_figures(EVALUATION, [corpus]))
     assert capsys.readouterr().out.splitlines() == [
         "[bold]hello[/bold] " + "x" * 200,
-        "step 5/20  loss 6.1000  1,234 tokens/s  MFU 5.0 %  0:08 left",
+        "step 5/20  loss 6.1000  1,234 tokens/s  MFU 5.0 %  0:00:08 left",
         "step 6/20  loss 6.1000  1,234 tokens/s  MFU n/a  3:53:20 left",
         "held-out loss 6.2000  3.700 ± 0.160 bits per byte  (gzip -9: 2.065)",
     ]
@@ -247,7 +247,7 @@ def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[?25l" in raw and raw.rstrip().endswith("\x1b[?25h"), "the cursor is hidden, and comes back"
     frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw).replace("\r", "\n").splitlines()
     bars = [line for line in frames if line.startswith("step ") and "━" in line]
-    assert bars[-1].endswith(" 6/20 loss 5.9000  1,234 tokens/s  MFU 5.0 %  0:07 left")
+    assert bars[-1].endswith(" 6/20 loss 5.9000  1,234 tokens/s  MFU 5.0 %  0:00:07 left")
     assert any(line.startswith("held-out loss 6.2000") for line in frames)
     assert not any(line.startswith("step 6/20") for line in frames), "the bar says it"
 

@@ -13,7 +13,7 @@ from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.kernels.cross_entropy import LossOptions
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.training.step import batch_loss, decays, learning_rate, make_optimizer
+from jaxgpt.training.step import batch_loss, learning_rate, make_optimizer
 
 RULES = ("adamw", "lion", "adafactor", "muon")
 L, D, H, K, F = 2, 12, 3, 5, 20
@@ -78,8 +78,11 @@ def test_schedules_without_room_for_a_part(schedule: Any, warmup_steps: int) -> 
 def test_decay_is_for_matrices_and_embeddings_of_the_model() -> None:
     """A norm's scale is [L, D] in the stack, and a head's bias [L, H, K]: shapes do not tell."""
     config = ModelConfig(n_layers=L, d_model=16, n_heads=4, vocab_size=50, qk_norm="head", gated_mlp=True)
-    shapes = jax.eval_shape(lambda: Transformer(dataclasses.replace(config, tie_embeddings=False), jax.random.key(0)))
-    decayed = {parameter_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(shapes) if decays(p)}
+    model = Transformer(dataclasses.replace(config, tie_embeddings=False), jax.random.key(0))
+    ones, rule = jax.tree.map(jnp.ones_like, model), make_optimizer(dataclasses.replace(FLAT, weight_decay=0.2), 10)
+    updates, _ = jax.jit(rule.update)(jax.tree.map(jnp.zeros_like, ones), rule.init(ones), ones)
+    decayed = {name for name, update in flat(updates).items() if (update != 0).all()}
+    assert all((update == 0).all() for name, update in flat(updates).items() if name not in decayed)
     attention = {f"layers.attention.{name}.kernel" for name in ("query", "key", "value", "output")}
     mlp = {f"layers.mlp.{name}.kernel" for name in ("up", "gate", "down")}
     assert decayed == attention | mlp | {"token_embedding", "position_embedding", "unembedding"}
