@@ -86,14 +86,15 @@ def admit(slots: Slots, new_B: Array, tokens_BS: Array, rules: Rules) -> Slots:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "score"), donate_argnames="slots")
-def prefill(model: Transformer, slots: Slots, which: tuple[Array, Array, Array], chunk: int, score: bool) -> Slots:
+@functools.partial(jax.jit, static_argnames=("chunk", "places", "score"), donate_argnames="slots")
+def prefill(model: Transformer, slots: Slots, which: tuple[Array, ...], chunk: int, places: int, score: bool) -> Slots:
     """Fill the cache of one slot in each part of the mesh with `chunk` of its tokens, from its own place on; what is
     before that is copied from a donor, a slot of that part whose text begins with the same tokens. `which` are slot,
     donor and place [Q]; slots are numbered within their part, and a number beyond them stands for none. One at a time:
-    more would change a row's bits on a CPU. To `score` is to record the tokens' log-probabilities, too."""
+    more would change a row's bits on a CPU. Nothing behind `places` of the cache is read: attention over all 1536 would
+    take twice the time of all else. To `score` is to record the tokens' log-probabilities, too."""
     chosen_Q, donors_Q, starts_Q = which
-    parts, S = len(chosen_Q), slots.tokens_BS.shape[1]
+    parts = len(chosen_Q)
 
     @jax.jit  # traced once for all layers, which takes half as long
     def take(x: Array, which_Q: Array) -> Array:
@@ -101,6 +102,7 @@ def prefill(model: Transformer, slots: Slots, which: tuple[Array, Array, Array],
 
     @jax.jit
     def put(old: Array, new: Array) -> Array:
+        new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1]), *[(0, 0)] * (new.ndim - 2)))
         written = jax.vmap(lambda old, chosen, new: old.at[chosen].set(new, mode="drop"))
         whole = written(_by_part(old, parts), chosen_Q, new)
         return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
@@ -109,10 +111,10 @@ def prefill(model: Transformer, slots: Slots, which: tuple[Array, Array, Array],
     read_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
     tokens_QC, labels_QC, places_QC = read_QC[:, :-1], read_QC[:, 1:], places_QC[:, :-1]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
-    positions_QC = jnp.where(missing, S, places_QC)  # which is not written
+    positions_QC = jnp.where(missing, slots.tokens_BS.shape[1], places_QC)  # which is not written
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
-    shared_QS = (jnp.arange(S)[None] < starts_Q[:, None])[:, :, None, None]
-    known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q), 0), slots.cache)
+    shared_QS = (jnp.arange(places)[None] < starts_Q[:, None])[:, :, None, None]
+    known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q)[:, :places], 0), slots.cache)
     tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
     x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
     recorded = slots.recorded

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,8 +32,7 @@ _SHORTEST = 128  # places of the cache at least: 128, 192, 256, 384 ... so that 
 Prompt = str | list[int]
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """What was generated for one sample of a prompt."""
 
     text: str
@@ -268,7 +267,10 @@ class Engine:
                 self.reused += start
             for chunk in range(chunks):
                 given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)
-                slots = prefill(self._model, slots, tuple(_put(x, "B") for x in given), CHUNK, bool(scored))
+                end = max(int(starts_Q.max()) + (chunk + 1) * CHUNK, 2 * _SHORTEST)
+                places = length >> max(math.floor(math.log2(length / end)), 0)  # few sizes, each is compiled for
+                which = tuple(_put(x, "B") for x in given)
+                slots = prefill(self._model, slots, which, CHUNK, places, bool(scored))
             for _, slot in there:
                 # Longrope's keys depend on the end of the text too.
                 prompts[slot] = [] if self._model.config.rope_scaling == "longrope" else new[slot].ids
@@ -290,9 +292,9 @@ def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) 
     most = lambda place, n: dict(zip(ids[place][:n], top[place][:n], strict=True))  # noqa: E731
     if of_prompt is not None:
         scores = ({token: chosen[i]} | most(i, of_prompt) for i, token in enumerate(request.ids[1:], 1))
-        done = replace(done, prompt_logprobs=[None, *scores])
+        done = done._replace(prompt_logprobs=[None, *scores])
     if wanted is not None:
-        done = replace(done, logprobs=[chosen[i] for i in here], top_logprobs=[most(i, wanted) for i in here])
+        done = done._replace(logprobs=[chosen[i] for i in here], top_logprobs=[most(i, wanted) for i in here])
     return done
 
 

@@ -4,7 +4,7 @@ import functools
 import json
 import sysconfig
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from jaxgpt.generation.engine import STEPS_PER_DISPATCH, Engine, Request, _Text
 from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.model import Transformer
 from jaxgpt.sharding import shard
-from jaxgpt.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from jaxgpt.tokenizer import Tokenizer, train_tokenizer
+from jaxgpt.tokenizer.spm import SentencePieceTokenizer
 
 MODERN = dict(positions="rotary", norm="rmsnorm", n_kv_heads=2, gated_mlp=True, windows=(7, 0), qk_norm="head")
 PROMPTS = ["def f(x):\n", "", "import os, sys\n\n\nclass Reader:\n    "]
@@ -335,11 +336,18 @@ def test_a_row_that_is_not_finite_fails_alone(mesh_of: Callable[..., Any], token
         refilled = engine.generate(["q", "q", "q" * 90, *3 * ["def f(", "import "]], GREEDY)
         later = engine.generate(["def f(", "import "], GREEDY)
         (scored,) = engine.generate(["aq" + 70 * "b"], replace(GREEDY, prompt_logprobs=1))
+        longer = Engine(make_model(tokenizer, context_length=640), tokenizer, slots=1)
+        longer._model.token_embedding = jax.tree.map(
+            lambda p: jnp.where(row, jnp.nan, p), longer._model.token_embedding
+        )
+        fresh = Engine(longer._model, tokenizer, slots=1).generate(["def f("], GREEDY)
+        behind = longer.generate(["a" * 500 + "q", "def f("], GREEDY)
     assert scored.finish_reason == "error" and None in (scored.prompt_logprobs or [{}])[-1].values()
-    json.dumps(asdict(scored), allow_nan=False)
+    json.dumps(scored._asdict(), allow_nan=False)
     assert [found[0], found[2]] == good
     assert (found[1].finish_reason, found[1].token_ids) == ("error", [])
     assert [each.finish_reason for each in refilled[:3]] == ["error"] * 3
+    assert (behind[0].finish_reason, behind[1:]) == ("error", fresh) and fresh[0].token_ids, "nor where little is read"
     assert refilled[3:] == 3 * good and later == good, "nothing of it stays in the slot, or comes from another"
 
 
