@@ -237,15 +237,17 @@ class Verify(Compute):
     def run(self) -> None:
         import jax
 
-        from jaxgpt.interop.verify import verify
+        from jaxgpt.interop.verify import LENGTH, verify
+        from jaxgpt.kernels.attention import chosen_form
 
-        with self.load(self.model) as trained:
+        with self.load(self.model) as trained, jax.default_matmul_precision("highest"):  # a TPU's usual one is bfloat16
             checks = verify(trained.model)
+            _, attention = chosen_form(trained.config, min(LENGTH, trained.config.context_length))
         print(f"{'check':<29}  worst difference  limit")
         for each in checks:
             print(f"{each.name:<29}  {each.difference:<16.1e}  {each.limit:.0e}  {'ok' if each.passed else 'FAILED'}")
         failed = sum(not check.passed for check in checks)
-        summary = f"{self.model}, attention xla, {trained.config.dtype} on {jax.devices()[0].device_kind}"
+        summary = f"{self.model}, attention by {attention}, {trained.config.dtype} on {jax.devices()[0].device_kind}"
         if failed:
             raise JaxgptError(f"verify {summary}: {failed} of {len(checks)} checks failed; report this with the table")
         print(f"{summary}: all {len(checks)} checks hold")

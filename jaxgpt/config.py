@@ -101,6 +101,7 @@ class ModelConfig(Section):
     dropout: float = 0.0  # Dropped share of the embeddings and of each block's outputs while training.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Arithmetic of the activations; parameters stay float32.
     scan_layers: bool = True  # Compile one layer and loop over it, instead of unrolling all layers.
+    kernels: Literal["auto", "xla"] = "auto"  # In training: those that the device has, where they can do all, or XLA's.
     remat: Literal["none", "dots", "full"] = "none"  # What backward recomputes: nothing, all but products, or all.
     # Both: N(0, 0.02), and N(0, 0.02 / sqrt(2L)) into the residual stream; gpt2: N(0, 0.01) for learned positions.
     init: Literal["gpt2", "nanogpt"] = "gpt2"

@@ -7,8 +7,8 @@ metrics.jsonl     one record a line; tensorboard/ holds the same
 LOCK              held by the process that trains"""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -21,7 +21,7 @@ from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_DIFFER = (
     "name", "run_dir", "allow_change", "mesh.", "checkpoint.", "data.cache_dir", "model.scan_layers", "model.remat",
-    "training.log_every", "training.eval_", "training.loss_chunks", "training.sample_", "training.wandb",
+    "training.log_", "training.eval_", "training.loss_chunks", "training.sample_", "training.wandb", "model.kernels",
 )  # fmt: skip
 """Settings that a resumed run may change freely: they leave what is computed alone, up to rounding."""
 
@@ -55,8 +55,7 @@ def write_run(config: TrainConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
     write_atomically(run_dir / "config.json", to_json(config).encode())
 
 
-@dataclass(frozen=True)
-class TrainedModel:
+class TrainedModel(NamedTuple):
     """A model and its tokenizer, ready for use on the current mesh."""
 
     config: ModelConfig

@@ -165,6 +165,9 @@ def test_the_training_step_compiles_and_fits(preset: str, mesh: MeshConfig, comp
     assert program.peak < CHIP_BYTES
     assert_same_places(state, program.compiled.output_shardings[0])
     assert_communicates(program, cut)
+    text, T = program.compiled.as_text(), config.model.context_length
+    assert "splash_mha" in text
+    assert not re.search(rf"\[\d+,\d+,(\d+,)?{T},{T}\]", text), "no scores of a whole sequence may lie in memory"
     assert "transpose(jvp())" in program.instructions("all-reduce|reduce-scatter"), "gradients must be added up"
     assert "pred[" not in program.instructions("all-gather"), "the one-hot of the loss must stay where it is cut"
 
@@ -176,7 +179,9 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
     with jax.set_mesh(make_mesh(mesh, chips("v5e:2x2"))):
         model = abstract(lambda: Transformer(config, jax.random.key(0)).unstacked())
         slots = abstract_slots(config)
-        filled = compile_and_note(preset, mesh, "prefill", prefill.lower(model, slots, abstract_chosen(), CHUNK, False))
+        filled = compile_and_note(
+            preset, mesh, "prefill", prefill.lower(model, slots, abstract_chosen(), CHUNK, config.context_length, False)
+        )
         forms, stopped, enough = abstract_forms(config), slots.done_B, abstract(lambda: jnp.int32(0))
         program = compile_and_note(
             preset, mesh, "decode", decode.lower(model, slots, forms, stopped, enough, STEPS_PER_DISPATCH)

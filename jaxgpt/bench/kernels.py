@@ -24,7 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxgpt.bench.report import Contender, Output, Row, first_line, measure
 from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.errors import ConfigError, require
-from jaxgpt.kernels.attention import attention, attention_mask, causal_attention
+from jaxgpt.kernels.attention import FORMS, attention, attention_mask
 from jaxgpt.kernels.cross_entropy import LossOptions, linear_cross_entropy, output_logits
 from jaxgpt.kernels.experts import mixture
 from jaxgpt.model import Transformer
@@ -45,14 +45,14 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class Operation(NamedTuple):
-    """An operation at one shape. An implementation that cannot run here is a text: why."""
+    """An operation at one shape."""
 
     letters: str  # that its shape is made of
     inputs: tuple  # arrays, or trees of them
     differentiable: tuple[int, ...]  # inputs; none where there is no backward pass
     flops: float
     oracle: Function
-    implementations: Mapping[str, Function | str]
+    implementations: Mapping[str, Function]
 
 
 def parse_sizes(text: str) -> Sizes:
@@ -83,41 +83,26 @@ def _causal_oracle(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
     return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(jnp.where(seen_TS, scores_BHTS, -jnp.inf)), v_BSHK)
 
 
-def _splash(s: Sizes) -> Function:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    mask = masks.MultiHeadMask([masks.CausalMask((s.T, s.T))] * s.H)
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
-
-    def call(q_BTHK: Array, k_BTGK: Array, v_BTGK: Array) -> Array:
-        q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK * s.K**-0.5, k_BTGK, v_BTGK))
-        return jnp.swapaxes(jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK), 1, 2)
-
-    return call
-
-
-def _attention(s: Sizes, platform: str, decoding: bool = False) -> Operation:
+def _attention(s: Sizes, decoding: bool = False) -> Operation:
     """Of a whole sequence; when `decoding`, of one query for each text over a full cache, without gradients."""
     T = 1 if decoding else s.T
     positions_BS: Any = np.broadcast_to(np.arange(s.T), (s.B, s.T))
     mask_BTS = lambda: attention_mask(positions_BS[:, s.T - T :], positions_BS)  # noqa: E731
     library = functools.partial(jax.nn.dot_product_attention, is_causal=T > 1)
-    cudnn = functools.partial(library, implementation="cudnn")
-    implementations: dict[str, Function | str] = {
-        "plain": lambda q, k, v: attention(q, k, v, mask_BTS(), None, None),
+    implementations: dict[str, Function] = {
+        "plain": lambda q, k, v: attention(q, k, v, mask_BTS(), None, s.K**-0.5),
         "jax.nn": functools.partial(library, implementation="xla"),
-        "jax.nn cudnn": cudnn if platform == "gpu" else "only on an NVIDIA GPU",
+        "jax.nn cudnn": functools.partial(library, implementation="cudnn"),
     }
     if not decoding:
-        blocks = {"blocks": lambda q, k, v: causal_attention(q, k, v, mask_BTS(), None, None)}
-        implementations = blocks | implementations | {"splash": _splash(s) if platform == "tpu" else "only on a TPU"}
+        whole: Any = dict(segments_BT=np.zeros((s.B, s.T), np.int32), window=0, softcap=None, scale=s.K**-0.5)
+        implementations = {name: functools.partial(form, **whole) for name, form in FORMS.items()} | implementations
     inputs = _normal(s.B, T, s.H, s.K), _normal(s.B, s.T, s.G, s.K), _normal(s.B, s.T, s.G, s.K)
     flops = 2 * s.B * s.H * s.K * T * (2 * s.T - T + 1)
     return Operation("BTHGK", inputs, () if decoding else (0, 1, 2), flops, _causal_oracle, implementations)
 
 
-def _loss(s: Sizes, platform: str) -> Operation:
+def _loss(s: Sizes) -> Operation:
     labels_BT = np.random.default_rng(0).integers(0, s.V, (s.B, s.T)).astype(np.int32)
 
     def oracle(x_BTD: Array, w_VD: Array, labels_BT: Array) -> Array:
@@ -142,7 +127,7 @@ def _block(s: Sizes) -> Any:
     return Transformer(config, jax.random.key(0)).unstacked().layers[0]  # type: ignore[index]
 
 
-def _norm(s: Sizes, platform: str) -> Operation:
+def _norm(s: Sizes) -> Operation:
     def oracle(x_BTD: Array, norm: Any) -> Array:
         return x_BTD / jnp.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * norm.scale[...][None, None]
 
@@ -150,7 +135,7 @@ def _norm(s: Sizes, platform: str) -> Operation:
     return Operation("BTD", inputs, (0, 1), 4 * s.B * s.T * s.D, oracle, {"jaxgpt": lambda x, norm: norm(x)})
 
 
-def _rope(s: Sizes, platform: str) -> Operation:
+def _rope(s: Sizes) -> Operation:
     angles = np.arange(s.T)[:, None] * 10_000.0 ** (-np.arange(0, s.K, 2) / s.K)
     turns = [np.broadcast_to(f(angles)[None, :, None], (s.B, s.T, 1, s.K // 2)) for f in (np.cos, np.sin)]
 
@@ -162,7 +147,7 @@ def _rope(s: Sizes, platform: str) -> Operation:
     return Operation("BTHK", inputs, (0,), flops, oracle, {"jaxgpt": lambda q, cos, sin: rotate(q, (cos, sin))})
 
 
-def _mlp(s: Sizes, platform: str) -> Operation:
+def _mlp(s: Sizes) -> Operation:
     def oracle(x_BTD: Array, mlp: Any) -> Array:
         up_DF, gate_DF, down_FD = (p.kernel[...] for p in (mlp.up, mlp.gate, mlp.down))
         return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
@@ -171,7 +156,7 @@ def _mlp(s: Sizes, platform: str) -> Operation:
     return Operation("BTDF", inputs, (0, 1), flops, oracle, {"jaxgpt": lambda x, mlp: mlp(x)[0]})
 
 
-def _moe(s: Sizes, platform: str) -> Operation:
+def _moe(s: Sizes) -> Operation:
     experts_BTM = np.random.default_rng(0).random((s.B, s.T, s.E)).argsort(-1)[..., : s.M].astype(np.int32)
 
     def every_expert(x_BTD: Array, weights_BTM: Array, experts_BTM: Array, matrices: tuple) -> Array:
@@ -185,12 +170,12 @@ def _moe(s: Sizes, platform: str) -> Operation:
     up = _normal(s.E, s.D, s.F, std=s.D**-0.5)
     matrices = up[::-1], up, _normal(s.E, s.F, s.D, std=s.F**-0.5)
     ragged = functools.partial(mixture, activate=jax.nn.silu)
-    implementations: dict[str, Function | str] = {"ragged products": ragged, "every expert": every_expert}
+    implementations: dict[str, Function] = {"ragged products": ragged, "every expert": every_expert}
     inputs = _normal(s.B, s.T, s.D), np.full(experts_BTM.shape, 1 / s.M, np.float32), experts_BTM, matrices
     return Operation("BTDFEM", inputs, (0, 3), 6 * s.B * s.T * s.M * s.D * s.F, every_expert, implementations)
 
 
-def _optimizer(s: Sizes, platform: str) -> Operation:
+def _optimizer(s: Sizes) -> Operation:
     config = OptimizerConfig(warmup_steps=0, schedule="constant", clip_norm=0.0)  # AdamW, of one matrix
     rule = make_optimizer(config, 2)
     parameter, gradient = {"kernel": _normal(s.D, s.F)}, {"kernel": _normal(s.D, s.F, std=0.1)}
@@ -209,7 +194,7 @@ def _optimizer(s: Sizes, platform: str) -> Operation:
     return Operation("DF", (parameter, gradient, state), (), 15 * s.D * s.F, oracle, {"optax": update})
 
 
-OPERATIONS: dict[str, Callable[[Sizes, str], Operation]] = {
+OPERATIONS: dict[str, Callable[[Sizes], Operation]] = {
     "attention": _attention, "decode": functools.partial(_attention, decoding=True), "loss": _loss, "norm": _norm,
     "rope": _rope, "mlp": _mlp, "moe": _moe, "optimizer": _optimizer,
 }  # fmt: skip
@@ -240,14 +225,12 @@ def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "")
     that are not here, such as v5e:2x2 or h100:1: whether each compiles for them."""
     device = absent_devices(target)[0] if target else jax.local_devices()[0]
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
-    for title, run in _passes(names, sizes, device.platform, dtype):
+    for title, run in _passes(names, sizes, dtype):
         title += f" for {target}" if target else ""
         shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype), run.inputs)
         expected, turns = ([], iter(())) if target else (_expected(run), _turns(run.inputs))
         for implementation, function in run.implementations.items():
             try:
-                if isinstance(function, str):
-                    raise NotImplementedError(function)
                 compiled = jax.jit(function).lower(*shapes).compile()
             except _REFUSALS as error:
                 yield Contender(title, implementation, None, {"reason": first_line(error)})
@@ -277,9 +260,9 @@ def absent_devices(target: str) -> Sequence[jax.Device]:
         raise ConfigError(f"compile-for {target}: {first_line(error)}; {remedy}") from None
 
 
-def _passes(names: Sequence[str], sizes: Sizes, platform: str, dtype: str) -> Iterator[tuple[str, Operation]]:
+def _passes(names: Sequence[str], sizes: Sizes, dtype: str) -> Iterator[tuple[str, Operation]]:
     for name in names:
-        forward = OPERATIONS[name](sizes, platform)
+        forward = OPERATIONS[name](sizes)
         title = " ".join([name, *(f"{letter}{getattr(sizes, letter)}" for letter in forward.letters)])
         passes = {title: forward}
         if forward.differentiable:
@@ -292,16 +275,12 @@ def _with_gradients(forward: Operation) -> Operation:
     """Both passes: the gradients of the differentiable inputs, for the cotangent that the last input is."""
 
     def wrapped(function: Function) -> Function:
-        def product(*inputs: Any) -> Any:
-            *given, cotangent = inputs
-            return (function(*given) * cotangent).sum()
-
-        return jax.grad(product, argnums=forward.differentiable)
+        return jax.grad(lambda *inputs: (function(*inputs[:-1]) * inputs[-1]).sum(), argnums=forward.differentiable)
 
     out = jax.eval_shape(forward.oracle, *forward.inputs)
     cotangent = np.cos(np.arange(out.size, dtype=np.float32)).reshape(out.shape)
     inputs, oracle = (*forward.inputs, cotangent), wrapped(forward.oracle)
-    implementations = {k: f if isinstance(f, str) else wrapped(f) for k, f in forward.implementations.items()}
+    implementations = {name: wrapped(function) for name, function in forward.implementations.items()}
     return Operation(forward.letters, inputs, (), 3 * forward.flops, oracle, implementations)
 
 

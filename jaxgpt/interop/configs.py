@@ -87,7 +87,7 @@ FAMILIES = _families(_TABLE)
 WORDS: dict[str, dict[str, str]] = _TABLE["words"]
 SCALING: dict[str, list[str]] = _TABLE["scaling"]  # kind -> the fields of ModelConfig that it uses
 _SCALED = {name for names in SCALING.values() for name in names}
-_MEMORY = ("dropout", "dtype", "scan_layers", "remat", "init")  # how to train and compute: in no other tool's file
+_MEMORY = ("dropout", "dtype", "scan_layers", "kernels", "remat", "init")  # in no other tool's file
 Json = dict[str, Any]
 
 

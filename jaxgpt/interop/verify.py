@@ -14,7 +14,7 @@ from jax import Array
 from jaxgpt.model import Transformer, new_cache
 from jaxgpt.sharding import batch_parts, shard
 
-_LENGTH = 48
+LENGTH = 128  # the least for which a TPU takes the kernel that it has for training
 _WINDOW = 64  # longer windows are checked at this length: a layer's scores for 4096 tokens take gigabytes
 
 
@@ -34,7 +34,7 @@ def verify(model: Transformer) -> list[Check]:
     """Every check, on random tokens. Differences of logits are relative to the largest logit. Their limit is 1e-4 in
     float32 and 0.05 in bfloat16, with its steps 2^16 times as large; leaks must be exactly 0."""
     config, limit = model.config, 1e-4 if model.config.dtype == "float32" else 0.05
-    length, vocabulary = min(_LENGTH, config.context_length), config.vocab_size or 0
+    length, vocabulary = min(LENGTH, config.context_length), config.vocab_size or 0
     tokens_BT = np.random.default_rng(0).integers(0, vocabulary, (2 * batch_parts(), length), np.int32)
     whole_BTV = logits_of(model, tokens_BT)
 
@@ -86,7 +86,7 @@ def _alone(model: Transformer, tokens_BT: np.ndarray) -> np.ndarray:
 def _packed(model: Transformer, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the second document of rows that hold two, and of that document by itself."""
     cut, places = tokens_BT.shape[1] // 2, np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    packed = logits_of(model, tokens_BT, positions_BT=places - cut * (places >= cut), segments_BT=places >= cut)
+    packed = logits_of(model, tokens_BT, positions_BT=places - cut * (places >= cut), segments_BT=1 * (places >= cut))
     return packed[:, cut:], logits_of(model, tokens_BT[:, cut:])
 
 
@@ -98,9 +98,9 @@ def _leak(model: Transformer, window: int) -> float:
     one.layers = model.unstacked().layers[at : at + 1]  # type: ignore[index]
     rotates = (config.layers_rotate[at],)
     one.config = dataclasses.replace(config, n_layers=1, windows=(window,), rotary_layers=rotates)
-    length, vocabulary = window + 2 if window else 4, config.vocab_size or 1
+    length, vocabulary = max(window + 2, min(LENGTH, config.context_length)), config.vocab_size or 1
     tokens_BT = np.arange(batch_parts() * length, dtype=np.int32).reshape(-1, length) % vocabulary
-    query, outside, inside = (length - 1, 1, 2) if window else (1, 2, 0)
+    query, outside, inside = (window + 1, 1, 2) if window else (1, 2, 0)
 
     def seen(key: int) -> float:
         other_BT = np.where(np.arange(length) == key, (tokens_BT + 7) % vocabulary, tokens_BT)

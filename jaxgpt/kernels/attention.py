@@ -1,17 +1,28 @@
 """Causal attention: which keys a query sees, and the weighted mean of their values.
 
-`attention` is the plain form, for any queries and keys; `causal_attention` gives the same for whole sequences.
+`attention` is the plain form, for any queries and keys. FORMS give the same for whole sequences, without holding all
+scores at once (arXiv:2205.14135); `chosen_form` says which one of them the devices at hand are given.
 Letters: `jaxgpt/sharding.py`, and R = H / G query heads for each key/value head."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.sharding import out_sharding
+
+Window = int | Array  # 0: all that is before; an array where layers that differ in it are scanned
+Cap = float | None
+LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 
 
 def attention_mask(
-    q_positions_BT: Array, k_positions_BS: Array, segments: tuple[Array, Array] | None = None, window: int | Array = 0
+    q_positions_BT: Array, k_positions_BS: Array, segments: tuple[Array, Array] | None = None, window: Window = 0
 ) -> Array:
     """True where a query sees a key: not in its future, in its document, less than `window` back (0: any). `segments`
     are the document numbers of queries [B, T] and keys [B, S]. Returns [B, T, S]."""
@@ -22,16 +33,14 @@ def attention_mask(
     return mask_BTS & ((distance_BTS < window) | (window == 0))
 
 
-def attention(
-    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, softcap: float | None, scale: float | None
-) -> Array:
+def attention(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, softcap: Cap, scale: float) -> Array:
     """Attention [B, T, H, K] with grouped key/value heads (arXiv:1706.03762, arXiv:2305.13245), in float32 up to the
-    weights. `scale` multiplies scores, 1 / sqrt(K) by default; `softcap` c then makes them c * tanh(scores / c)."""
+    weights. `scale` multiplies scores, 1 / sqrt(K) as a rule; `softcap` c then makes them c * tanh(scores / c)."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K, out_sharding=out_sharding("BTGRK"))  # JAX would cut R when G is 1
     scores_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    scores_BGRTS *= K**-0.5 if scale is None else scale
+    scores_BGRTS *= scale
     if softcap is not None:
         scores_BGRTS = softcap * jnp.tanh(scores_BGRTS / softcap)
     scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
@@ -40,16 +49,71 @@ def attention(
     return out_BTGRK.reshape(B, T, H, K, out_sharding=out_sharding("BTHK"))
 
 
+def cached_attention(
+    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, cache: LayerCache, positions_BT: Array, mask_BTS: Array, **scores: Any
+) -> tuple[Array, LayerCache]:
+    """Attention to a cache, once these keys and values are written into it, at their positions; and the cache."""
+    write = jax.vmap(lambda old, positions, new: old.at[positions].set(new, mode="drop"))
+    cache = write(cache[0], positions_BT, k_BTGK), write(cache[1], positions_BT, v_BTGK)
+    return attention(q_BTHK, *cache, mask_BTS, **scores), cache
+
+
+def chosen_form(config: ModelConfig, length: int) -> tuple[str, str]:
+    """The name in FORMS of what attends in sequences of `length` on the devices of the current mesh; and that name with
+    the reason why it is not the devices' own kernel, where they have one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or "TPU" not in device.device_kind or config.kernels == "xla":
+        return "blocks", "blocks"
+    if length % 128 or (config.scan_layers and len(set(config.layer_windows)) > 1):
+        return "blocks", "blocks (splash takes multiples of 128 tokens, and scanned layers of one window)"
+    return "splash", "splash"
+
+
 def causal_attention(
-    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, mask_BTT: Array, softcap: float | None, scale: float | None
+    form: str, q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, segments_BT: Array, **settings: Any
+) -> tuple[Array, None]:
+    """`FORMS[form]` on the current mesh, where each device has heads and rows of its own; and no cache."""
+    run = functools.partial(FORMS[form], **settings)
+    if form != "blocks":
+        specs = tuple(map(out_sharding, ("BTHK", "BTGK", "BTGK", "BT")))
+        # Without the check of what varies over the mesh, which Pallas' kernels do not say.
+        run = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return run(q_BTHK, k_BTGK, v_BTGK, segments_BT), None
+
+
+def blocks_attention(
+    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, segments_BT: Array, window: Window, softcap: Cap, scale: float
 ) -> Array:
-    """`attention` where no query sees a key behind its own place. Blocks of queries, each with the keys up to its end,
-    leave out nearly half of the products, and the backward pass computes the weights again (as arXiv:2205.14135): 1.1
-    times as fast in training, a sixth less memory. More than 8 blocks would only take longer to compile."""
+    """`attention` where a query sees the keys up to its own place, in its document, as `segments_BT` numbers them, and
+    less than `window` back (0: any). Blocks of queries, each with the keys up to its end, leave out nearly half of the
+    products, and the backward pass computes the weights again: 1.1 times as fast in training, a sixth less memory. More
+    than 8 blocks would only take longer to compile."""
     T = q_BTHK.shape[1]
-    size = max(128, -(-T // 8))
-    block, outs = jax.checkpoint(attention, static_argnums=(4, 5)), []
-    for end in range(size, T + size, size):
-        rows, keys = slice(end - size, end), slice(0, end)
-        outs.append(block(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTT[:, rows, keys], softcap, scale))
-    return jnp.concatenate(outs, axis=1)
+    places_1T, size = jnp.arange(T)[None], max(128, -(-T // 8))
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def block(start: int, q_BTHK: Array, k_BTGK: Array, v_BTGK: Array) -> Array:
+        rows, keys = slice(start, start + size), slice(0, start + size)
+        segments = segments_BT[:, rows], segments_BT[:, keys]
+        mask_BTS = attention_mask(places_1T[:, rows], places_1T[:, keys], segments, window)
+        return attention(q_BTHK[:, rows], k_BTGK[:, keys], v_BTGK[:, keys], mask_BTS, softcap, scale)
+
+    return jnp.concatenate([block(start, q_BTHK, k_BTGK, v_BTGK) for start in range(0, T, size)], axis=1)
+
+
+def splash_attention(
+    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, segments_BT: Array, window: int, softcap: Cap, scale: float
+) -> Array:
+    """The same on a TPU, by JAX's kernel, which also leaves out all blocks that no query sees."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, H = q_BTHK.shape[1:3]
+    seen = splash.LocalMask((T, T), (window - 1, 0), 0) if window else splash.CausalMask((T, T))
+    sizes: Any = [math.gcd(T, 512)] * 8  # by itself it takes 128, too little work for what a block costs
+    options: Any = dict(block_sizes=splash.BlockSizes(*sizes), head_shards=1, q_seq_shards=1)
+    kernel = splash.make_splash_mha(splash.MultiHeadMask([seen] * H), attn_logits_soft_cap=softcap, **options)
+    q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK * scale, k_BTGK, v_BTGK))
+    return jnp.swapaxes(jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK, splash.SegmentIds(segments_BT, segments_BT)), 1, 2)
+
+
+FORMS: dict[str, Callable[..., Array]] = {"blocks": blocks_attention, "splash": splash_attention}

@@ -14,13 +14,12 @@ from flax import nnx
 from jax import Array
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels.attention import attention, causal_attention
+from jaxgpt.kernels.attention import LayerCache
 from jaxgpt.kernels.experts import mixture, route, router_losses
 from jaxgpt.kernels.matrix_first import matrix_first
 from jaxgpt.model.rotary import Rotation, rotate
 from jaxgpt.sharding import PARAMETER, out_sharding, shard
 
-LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu, "relu": jax.nn.relu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -135,22 +134,17 @@ class Attention(nnx.Module):
         self.query_norm = Norm(axes[0], config, "rmsnorm") if axes else None
         self.key_norm = Norm(axes[1], config, "rmsnorm") if axes else None
         self.softcap = config.attention_softcap
-        self.scale = None if config.query_scalar is None else config.query_scalar**-0.5
+        self.scale = (config.query_scalar or config.key_dim) ** -0.5
 
-    def __call__(
-        self, x_BTD: Array, mask_BTS: Array, rotation: Rotation | None, positions_BT: Array, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        """Attend; with a cache, first write this call's keys and values into the slots of their positions."""
+    def __call__(self, x_BTD: Array, attend: Callable, rotation: Rotation | None) -> tuple[Array, LayerCache | None]:
+        """Attend as `cached_attention` or `causal_attention` does, given what is seen; and the cache, if it has one."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         if rotation is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
-        if cache is None:
-            return self.output(causal_attention(q_BTHK, k_BTGK, v_BTGK, mask_BTS, self.softcap, self.scale)), None
-        write = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
-        k_BSGK, v_BSGK = (write(old, positions_BT, new) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
-        return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, self.softcap, self.scale)), (k_BSGK, v_BSGK)
+        out_BTHK, cache = attend(q_BTHK, k_BTGK, v_BTGK, softcap=self.softcap, scale=self.scale)
+        return self.output(out_BTHK), cache
 
 
 class FeedForward(nnx.Module):
@@ -202,20 +196,14 @@ class Block(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self,
-        x_BTD: Array,
-        mask_BTS: Array,
-        rotation: Rotation | None,
-        positions_BT: Array,
-        cache: LayerCache | None,
-        dropout_key: Array | None,
+        self, x_BTD: Array, attend: Callable, rotation: Rotation | None, dropout_key: Array | None
     ) -> tuple[Array, LayerCache | None, Array | None]:
         """The residual stream, the cache, and the losses [2] of the router where there are experts."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        attend = lambda x_BTD: self.attention(x_BTD, mask_BTS, rotation, positions_BT, cache)  # noqa: E731
-        x_BTD, new_cache = self._add(x_BTD, attend, self.attention_norm, self.attention_output_norm, keys[0])
+        attention = lambda x_BTD: self.attention(x_BTD, attend, rotation)  # noqa: E731
+        x_BTD, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_output_norm, keys[0])
         x_BTD, losses = self._add(x_BTD, self.mlp, self.mlp_norm, self.mlp_output_norm, keys[1])
-        return x_BTD, new_cache, losses
+        return x_BTD, cache, losses
 
     def _add(
         self, x_BTD: Array, part: Callable, norm: Norm, output_norm: Norm | None, key: Array | None

@@ -4,6 +4,7 @@ The layers' parameters are stacked, [L, ...], and scanned. `Transformer` is a py
 and Optax take it as it is. Letters: `jaxgpt/sharding.py`."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,9 @@ from flax import nnx
 from jax import Array
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels.attention import attention_mask
+from jaxgpt.kernels.attention import LayerCache, attention_mask, cached_attention, causal_attention, chosen_form
 from jaxgpt.kernels.cross_entropy import output_logits
-from jaxgpt.model.layers import Block, LayerCache, Norm, Projection, dropout, normal, sinusoids, weight
+from jaxgpt.model.layers import Block, Norm, Projection, dropout, normal, sinusoids, weight
 from jaxgpt.model.rotary import Rotation, rotations_of
 from jaxgpt.sharding import out_sharding, shard
 
@@ -57,10 +58,10 @@ class Transformer(nnx.Module):
         lengths_B: Array | None = None,
     ) -> tuple[Array, Cache | None, Array | None]:
         """Hidden states [B, T, D] after the last norm, the cache with this call's keys and values, and the mean over
-        the layers of `router_losses` [2]: None without experts or with a cache. `segments_BT` numbers the packed
-        documents of a row: a token sees its own document only, and positions rise within it. With a cache, positions
-        say into which slots keys and values go; a position beyond the cache is not written. `lengths_B` says how long
-        each text will be, which counts for longrope; by default as long as the row, or the cache."""
+        the layers of `router_losses` [2]: None without experts or with a cache. A token sees what stands before it in
+        its document; `segments_BT` numbers those of a row. With a cache, which has one a row, positions say into which
+        slots keys and values go, and what is seen; a position beyond it is not written. `lengths_B` says how long each
+        text will be, which counts for longrope; by default as long as the row, or the cache."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
             positions_BT = shard(positions_BT, "BT")
@@ -72,7 +73,8 @@ class Transformer(nnx.Module):
             rotations = rotations_of(self.config, positions_BT, length if lengths_B is None else lengths_B)
         losses = None
         if cache is None:
-            x_BTD, losses = self._train_layers(x_BTD, positions_BT, segments_BT, rotations, keys[1])
+            segments_BT = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
+            x_BTD, losses = self._train_layers(x_BTD, segments_BT, rotations, keys[1])
         elif segments_BT is not None or dropout_key is not None:
             raise ValueError("a cache holds one document a row and is not for training: no segments, no dropout")
         else:
@@ -93,19 +95,19 @@ class Transformer(nnx.Module):
         return x_BTD
 
     def _train_layers(
-        self, x_BTD: Array, positions_BT: Array, segments_BT: Array | None, rotations: tuple, key: Array | None
+        self, x_BTD: Array, segments_BT: Array, rotations: tuple, key: Array | None
     ) -> tuple[Array, Array | None]:
         """All layers over whole sequences, scanned or unrolled; the backward pass recomputes as `config.remat` says."""
         config, (rotations, kinds) = self.config, rotations
-        segments = None if segments_BT is None else (segments_BT, segments_BT)
+        form, _ = chosen_form(config, x_BTD.shape[1])
 
         def run(x_BTD: Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
-            mask_BTS = attention_mask(positions_BT, positions_BT, segments, window)
-            x_BTD, _, losses = layer(x_BTD, mask_BTS, rotation, positions_BT, None, key)
-            return x_BTD, losses
+            attend = functools.partial(causal_attention, form, segments_BT=segments_BT, window=window)
+            whole: Callable = functools.partial(Block.__call__, attend=attend)  # no argument, so that an int stays one
+            if config.remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
+                whole = jax.checkpoint(whole, policy=_KEPT[config.remat])
+            return whole(layer, x_BTD, rotation=rotation, dropout_key=key)[::2]  # there is no cache
 
-        if config.remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
-            run = jax.checkpoint(run, policy=_KEPT[config.remat])
         windows, keys = config.layer_windows, None if key is None else jax.random.split(key, config.n_layers)
         if not config.scan_layers or isinstance(self.layers, tuple):
             each = []
@@ -130,9 +132,12 @@ class Transformer(nnx.Module):
         """All layers, unrolled: a scan would copy each layer's weights and its whole cache at every token."""
         slots_BS = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None]
         new, layers, windows = [], self.unstacked().layers, self.config.layer_windows
+        masks = {window: attention_mask(positions_BT, slots_BS, None, window) for window in set(windows)}
         for layer, window, kind, old in zip(layers, windows, rotations[1], cache, strict=True):  # type: ignore[arg-type]
-            mask_BTS = attention_mask(positions_BT, slots_BS, None, window)
-            x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, mask_BTS, rotations[0][kind], positions_BT, old, None)
+            attend = jax.tree_util.Partial(
+                cached_attention, cache=old, positions_BT=positions_BT, mask_BTS=masks[window]
+            )
+            x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, attend, rotations[0][kind], None)
             new.append(layer_cache)
         return x_BTD, tuple(new)
 

@@ -22,6 +22,7 @@ from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import BadFileError, ConfigError, Stopped, StorageError, TrainingError
 from jaxgpt.generation.engine import Engine
 from jaxgpt.generation.sampling import SamplingParams
+from jaxgpt.kernels.attention import chosen_form
 from jaxgpt.model import parameter_count
 from jaxgpt.progress import Bar
 from jaxgpt.roofline import forward_flops_per_token, peak_flops
@@ -116,7 +117,8 @@ class Trainer:
 
     def announce(self, state: TrainState, start: int) -> None:
         mesh = jax.sharding.get_mesh()
-        what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {self.config.model.dtype}"
+        _, attention = chosen_form(model := self.config.model, model.context_length)
+        what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, attention by {attention}"
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         self.bar.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
         epochs = f"{self.last / self.loader.steps_per_epoch:.2f} epochs"

@@ -17,7 +17,7 @@ def rows_of(name: str, dtype: str = "float32") -> list[Row]:
     return measure(contenders([name], TINY, dtype), rounds=1)
 
 
-ELSEWHERE = {"only on an NVIDIA GPU", "only on a TPU"}
+ELSEWHERE = {"jax.nn cudnn", "splash"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -25,15 +25,15 @@ def test_every_implementation_is_right(name: str) -> None:
     """In float32, values and gradients; the largest error over the largest entry."""
     rows = rows_of(name)
     assert {row["error"] < 2e-6 for row in rows if "ms" in row} == {True}
-    assert {row["reason"] for row in rows if "ms" not in row} <= ELSEWHERE, "one of ours is refused"
+    assert {row["implementation"] for row in rows if "ms" not in row} <= ELSEWHERE, "one of ours is refused"
     passes = 1 if name in ("decode", "optimizer") else 2
-    assert len(rows) == passes * len(OPERATIONS[name](TINY, "cpu").implementations)
+    assert len(rows) == passes * len(OPERATIONS[name](TINY).implementations)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "optimizer"])
 def test_bfloat16_is_compared_with_the_same_rounded_inputs(name: str) -> None:
     rows = rows_of(name, "bfloat16")
-    assert {row["reason"] for row in rows if "ms" not in row} <= ELSEWHERE, "one of ours is refused"
+    assert {row["implementation"] for row in rows if "ms" not in row} <= ELSEWHERE, "one of ours is refused"
     errors = [row["error"] for row in rows if "ms" in row]
     assert errors and all(1e-5 < error < 0.05 or name == "loss" for error in errors), errors
 
@@ -41,8 +41,8 @@ def test_bfloat16_is_compared_with_the_same_rounded_inputs(name: str) -> None:
 def test_a_wrong_implementation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is a little off, and one that forgets part of a gradient."""
 
-    def broken(sizes: Sizes, platform: str) -> Operation:
-        operation = OPERATIONS["norm"](sizes, platform)
+    def broken(sizes: Sizes) -> Operation:
+        operation = OPERATIONS["norm"](sizes)
         wrong = {"shifted": lambda x, norm: norm(x) + 1e-3, "stopped": lambda x, norm: norm(jax.lax.stop_gradient(x))}
         return operation._replace(implementations=wrong)
 
@@ -54,7 +54,7 @@ def test_a_wrong_implementation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_cannot_run_here_is_listed_with_the_reason() -> None:
     reasons = {row["implementation"]: row["reason"] for row in rows_of("attention") if "ms" not in row}
-    assert reasons == {"jax.nn cudnn": "only on an NVIDIA GPU", "splash": "only on a TPU"}
+    assert reasons.keys() == ELSEWHERE and "cuDNN" in reasons["jax.nn cudnn"] and "128" in reasons["splash"]
 
 
 @pytest.mark.parametrize(("flops", "bandwidth"), [(1e9, 1e12), (1e15, 1e6)])
@@ -76,7 +76,7 @@ def test_the_roofline_is_the_nearer_of_two_bounds(
 @pytest.mark.parametrize("name", ["attention", "mlp", "loss"])
 def test_operations_are_counted_as_the_compiler_counts_them(name: str) -> None:
     """XLA counts what the oracle computes, all keys of every query where attention needs half of them."""
-    operation = OPERATIONS[name](TINY, "cpu")
+    operation = OPERATIONS[name](TINY)
     inputs = jax.tree.map(jnp.asarray, operation.inputs)
     counted = jax.jit(operation.oracle).lower(*inputs).compile().cost_analysis()["flops"]
     expected = operation.flops * (2 * TINY.T / (TINY.T + 1) if name == "attention" else 1)
@@ -121,5 +121,5 @@ def test_an_unknown_device_is_refused() -> None:
 def test_operations_compile_for_a_tpu(name: str) -> None:
     sizes = parse_sizes("gpt2,B=1,E=2,T=256,V=1024")
     rows = measure(contenders([name], sizes, "bfloat16", "v5e:2x2"), rounds=1)
-    assert {row["reason"] for row in rows} <= {"compiles", "only on an NVIDIA GPU"}
+    assert {row["implementation"] for row in rows if row["reason"] != "compiles"} <= {"jax.nn cudnn"}
     assert any(row["implementation"] == "splash" for row in rows) == (name == "attention")

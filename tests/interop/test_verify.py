@@ -64,8 +64,10 @@ def test_all_checks_hold_on_a_mesh(mesh_of: Callable) -> None:
 def test_a_mask_that_leaves_something_out_is_found(
     what: str, fails: list[str], mesh_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    right = attention.attention_mask
+
     def careless(q_positions_BT: Any, k_positions_BS: Any, segments: Any = None, window: Any = 0) -> jax.Array:
-        mask_BTS = attention.attention_mask(
+        mask_BTS = right(
             q_positions_BT, k_positions_BS, None if what == "segments" else segments, 0 if what == "window" else window
         )
         if what == "causality":
@@ -73,18 +75,19 @@ def test_a_mask_that_leaves_something_out_is_found(
             mask_BTS |= ahead_BTS & (k_positions_BS[:, None, :] < q_positions_BT.shape[1])
         return mask_BTS
 
-    monkeypatch.setattr(transformer, "attention_mask", careless)
+    for module in (attention, transformer):
+        monkeypatch.setattr(module, "attention_mask", careless)
     with mesh_of():
         assert set(fails) <= set(failed(model_of(**GEMMA_3)))
 
 
 def test_a_cache_in_the_wrong_place_is_found(mesh_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = layers.Attention.__call__
+    right = transformer.cached_attention
 
-    def late(self: Any, x: Any, mask: Any, rotation: Any, positions_BT: Any, cache: Any) -> Any:
-        return right(self, x, mask, rotation, positions_BT if cache is None else jnp.maximum(positions_BT, 1), cache)
+    def late(*qkv: Any, positions_BT: Any, **more: Any) -> Any:
+        return right(*qkv, positions_BT=jnp.maximum(positions_BT, 1), **more)
 
-    monkeypatch.setattr(layers.Attention, "__call__", late)
+    monkeypatch.setattr(transformer, "cached_attention", late)
     with mesh_of():
         assert "cached decode == full forward" in failed(model_of())
 

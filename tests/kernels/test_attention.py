@@ -1,13 +1,18 @@
 """Attention and its mask against slow loops in float64, in values and gradients."""
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from jaxgpt.kernels.attention import attention, attention_mask, causal_attention
+from jaxgpt.config import ModelConfig
+from jaxgpt.kernels.attention import FORMS, attention, attention_mask, causal_attention, chosen_form
 from jaxgpt.sharding import shard
 
 B, T, S, H, K = 2, 5, 7, 4, 6
@@ -44,7 +49,7 @@ def test_values_and_gradients_match_a_slow_reference(G: int, softcap: float | No
     rng = np.random.default_rng(9)
     pull_BTHK = rng.standard_normal((B, T, H, K))
     singles = [jnp.asarray(a, jnp.float32) for a in arrays]
-    out, vjp = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, jnp.asarray(mask_BTS), softcap, None)), *singles)
+    out, vjp = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, jnp.asarray(mask_BTS), softcap, K**-0.5)), *singles)
     np.testing.assert_allclose(out, slow_attention(*arrays, mask_BTS, softcap), rtol=0, atol=2e-6)
     gradients = vjp(jnp.asarray(pull_BTHK, jnp.float32))
     for which in range(3):
@@ -63,7 +68,7 @@ def test_bfloat16_rounds_only_what_it_must() -> None:
     """Scores and softmax are float32: what is left is one rounding of the weights and one of the result."""
     arrays, mask_BTS = inputs(2)
     halves = [jnp.asarray(a, jnp.bfloat16) for a in arrays]
-    out = attention(*halves, jnp.asarray(mask_BTS), None, None)
+    out = attention(*halves, jnp.asarray(mask_BTS), None, K**-0.5)
     assert out.dtype == jnp.bfloat16
     exact = slow_attention(*(np.asarray(a, np.float64) for a in halves), mask_BTS, None)
     assert np.abs(np.asarray(out, np.float64) - exact).max() < 2**-8 * np.abs(arrays[2]).max()
@@ -72,46 +77,125 @@ def test_bfloat16_rounds_only_what_it_must() -> None:
 def test_huge_scores_stay_finite() -> None:
     arrays, mask_BTS = inputs(4)
     q, k, v = (jnp.asarray(a, jnp.float32) for a in arrays)
-    run = jax.jit(jax.value_and_grad(lambda q: attention(q, k, v, jnp.asarray(mask_BTS), None, None).sum()))
+    run = jax.jit(jax.value_and_grad(lambda q: attention(q, k, v, jnp.asarray(mask_BTS), None, K**-0.5).sum()))
     value, grads = run(1e6 * q)
     assert np.isfinite(value) and np.isfinite(grads).all()
+
+
+Given = tuple[list[jax.Array], jax.Array, jax.Array]
+
+
+def packed(length: int, width: int, dtype: str = "float32") -> Given:
+    """Queries of four heads, keys and values of two, the numbers of their documents, and a cotangent."""
+    rng = np.random.default_rng(length)
+    shapes = [(2, length, heads, width) for heads in (4, 2, 2, 4)]
+    *qkv, pull_BTHK = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    return qkv, jnp.asarray(rng.integers(0, 9, (2, length))).cumsum(1) // 99, pull_BTHK
+
+
+def assert_like_the_plain_form(form: Callable, given: Given, settings: dict[str, Any], small: float) -> None:
+    """In values and gradients."""
+    qkv, segments_BT, pull_BTHK = given
+    places_BT = jnp.arange(segments_BT.shape[1])[None]
+
+    def plain(*qkv: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        mask_BTT = attention_mask(places_BT, places_BT, (segments_BT, segments_BT), settings["window"])
+        return attention(*qkv, mask_BTT, settings["softcap"], settings["scale"])
+
+    def both(form: Callable) -> tuple:
+        def run(qkv: list[jax.Array], segments_BT: jax.Array, pull_BTHK: jax.Array) -> tuple:
+            out, pull = jax.vjp(functools.partial(form, segments_BT=segments_BT), *qkv)
+            return out, *pull(pull_BTHK)
+
+        return jax.jit(run)(qkv, segments_BT, pull_BTHK)
+
+    for one, other in zip(both(functools.partial(form, **settings)), both(plain), strict=True):
+        assert one.dtype == other.dtype == qkv[0].dtype
+        np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=small, atol=small)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("length", "blocks"), [(5, 1), (128, 1), (300, 3), (1100, 8)])
 def test_blocks_of_queries_match_the_plain_form(length: int, blocks: int, dtype: str) -> None:
-    """In values and gradients, with packed documents, a window, grouped heads and a soft-cap; lengths that divide into
-    no blocks too. The products are as many as there are blocks, and each leaves out the keys behind its end."""
-    rng = np.random.default_rng(length)
-    shapes = [(2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8)]
-    *given, pull_BTHK = (jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes)
-    places, documents = (
-        jnp.arange(length)[None].repeat(2, 0),
-        jnp.asarray(rng.integers(0, 9, (2, length))).cumsum(1) // 99,
-    )
-    mask_BTT = attention_mask(places, places, (documents, documents), length // 2)
-
-    def run(form: Callable) -> Callable:
-        return jax.jit(lambda *qkv: jax.vjp(lambda *qkv: form(*qkv, mask_BTT, 1.5, 0.3), *qkv)[1](pull_BTHK))
-
-    small = 1e-5 if dtype == "float32" else 0.1
-    for form in (lambda form: jax.jit(lambda *qkv: form(*qkv, mask_BTT, 1.5, 0.3)), run):
-        for one, other in zip(
-            *map(jax.tree.leaves, (form(causal_attention)(*given), form(attention)(*given))), strict=True
-        ):
-            assert one.dtype == jnp.dtype(dtype)
-            np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=0, atol=small)
-    program = str(jax.make_jaxpr(lambda *qkv: causal_attention(*qkv, mask_BTT, None, None))(*given))
+    """With packed documents, a window, grouped heads and a soft-cap; lengths that divide into no blocks too. The
+    products are as many as there are blocks, and each leaves out the keys behind its end."""
+    given, settings = packed(length, 8, dtype), {"window": length // 2, "softcap": 1.5, "scale": 0.3}
+    assert_like_the_plain_form(FORMS["blocks"], given, settings, 1e-5 if dtype == "float32" else 0.1)
+    program = str(jax.make_jaxpr(lambda *qkv: FORMS["blocks"](*qkv, given[1], **settings))(*given[0]))
     assert program.count("dot_general") == 2 * blocks
     assert (f"[2,2,2,{length},{length}]" in program) == (blocks == 1)
 
 
 def test_gradients_keep_no_scores() -> None:
-    """What is saved for the backward pass are inputs."""
+    """What is saved for the backward pass are inputs, once for all blocks."""
     given = [jnp.ones((1, 256, 2, 8)) for _ in range(3)]
-    mask_BTT = jnp.tril(jnp.ones((1, 256, 256), bool))
-    _, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, mask_BTT, None, None), *given)
-    assert max(leaf.size for leaf in jax.tree.leaves(pull) if leaf.dtype != bool) == 256 * 2 * 8
+    _, pull = jax.vjp(lambda *qkv: FORMS["blocks"](*qkv, jnp.zeros((1, 256), int), 0, None, 1.0), *given)
+    saved = {id(leaf): leaf.size for leaf in jax.tree.leaves(pull) if leaf.dtype != bool}
+    assert max(saved.values()) == 256 * 2 * 8 and sum(saved.values()) <= 4 * 256 * 2 * 8
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splash attention without a TPU: the kernel is JAX's, what we ask it for is ours."""
+    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("window", "softcap", "scale"), [(0, None, 0.125), (1, None, 0.125), (200, 1.5, 0.3)])
+def test_the_kernel_of_a_tpu_matches_the_plain_form(
+    window: int, softcap: float | None, scale: float, dtype: str, interpreted: None
+) -> None:
+    settings, small = dict(window=window, softcap=softcap, scale=scale), 1e-4 if dtype == "float32" else 0.2
+    assert_like_the_plain_form(FORMS["splash"], packed(384, 64, dtype), settings, small)
+
+
+def test_the_kernel_of_a_tpu_is_given_each_device_s_part(mesh_of: Callable, interpreted: None) -> None:
+    """Rows over data = 2 and heads over tensor = 2: the same values and gradients as on one device."""
+    qkv, documents_BT, _ = packed(128, 32)
+    settings: dict[str, Any] = {"window": 0, "softcap": None, "scale": 0.2}
+
+    def run(form: str, *qkv: jax.Array) -> tuple:
+        q, k, v = (shard(x, axes) for x, axes in zip(qkv, ("BTHK", "BTGK", "BTGK"), strict=True))
+        segments_BT = shard(documents_BT, "BT")
+        out, pull = jax.vjp(lambda *qkv: causal_attention(form, *qkv, segments_BT, **settings)[0], q, k, v)
+        return out, *pull(out)
+
+    expected = jax.jit(functools.partial(run, "blocks"))(*qkv)
+    with mesh_of(data=2, tensor=2):
+        found = jax.jit(functools.partial(run, "splash"))(*map(np.asarray, qkv))
+        assert jax.typeof(found[0]).sharding.spec == jax.P(("data", "fsdp"), None, "tensor", None)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+GPT: dict[str, Any] = dict(n_layers=2, d_model=256, n_heads=4, vocab_size=64, context_length=256, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "form"),
+    [
+        ("cpu", {}, "blocks"),
+        ("NVIDIA H100 80GB HBM3", {}, "blocks"),
+        ("TPU v5 lite", {}, "splash"),
+        ("TPU v5 lite", {"kernels": "xla"}, "blocks"),
+        ("TPU v5 lite", {"dtype": "float32", "attention_softcap": 50.0, "windows": (64, 64)}, "splash"),
+        ("TPU v5 lite", {"windows": (64, 0), "scan_layers": False}, "splash"),
+        ("TPU v5 lite", {"windows": (64, 0)}, "blocks (splash"),
+        ("TPU v5 lite", {"context_length": 200}, "blocks (splash"),
+    ],
+)
+def test_a_device_s_own_kernel_is_taken_where_it_can_do_all(
+    kind: str, changes: dict[str, Any], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = SimpleNamespace(abstract_device=SimpleNamespace(device_kind=kind))
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: there)
+    config = ModelConfig(**GPT | changes)
+    name, said = chosen_form(config, config.context_length)
+    assert name == form.split()[0] and said.startswith(form) and (" takes " in said) == ("(" in form)
+
+
+def test_without_a_mesh_there_is_no_device_to_choose_for() -> None:
+    assert chosen_form(ModelConfig(**GPT), 256) == ("blocks", "blocks")
 
 
 def slow_mask(
@@ -139,22 +223,24 @@ def test_the_mask_matches_a_slow_reference(packed: bool, window: int) -> None:
         np.testing.assert_array_equal(mask_BTS, expected)
 
 
-@pytest.mark.parametrize("form", [attention, causal_attention])
+@pytest.mark.parametrize("form", [attention, FORMS["blocks"]])
 def test_heads_cut_over_devices_change_nothing(form: Callable, mesh_of: Callable) -> None:
     """Four query heads and two key/value heads over tensor = 2, the batch over data = 2."""
     if form is attention:
         arrays, mask_BTS = inputs(2)
+        settings: dict[str, Any] = {"softcap": 1.5, "scale": 0.4}
     else:
         rng = np.random.default_rng(0)
         arrays = [rng.standard_normal((2, 200, heads, K)) for heads in (4, 2, 2)]
-        mask_BTS = np.tril(np.ones((2, 200, 200), bool))
+        settings = {"segments_BT": np.zeros((2, 200), int), "window": 0, "softcap": 1.5, "scale": 0.4}
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         q, k, v = shard(q, "BTHK"), shard(k, "BSGK"), shard(v, "BSGK")
-        out, vjp = jax.vjp(lambda q, k, v: form(q, k, v, shard(mask, "BTS"), 1.5, 0.4), q, k, v)
+        more = {"mask_BTS": shard(jnp.asarray(mask_BTS), "BTS")} if form is attention else {}
+        out, vjp = jax.vjp(lambda q, k, v: form(q, k, v, **settings, **more), q, k, v)
         return out, vjp(out)
 
-    given = [jnp.asarray(a, jnp.float32) for a in arrays] + [jnp.asarray(mask_BTS)]
+    given = [jnp.asarray(a, jnp.float32) for a in arrays]
     expected = jax.jit(run)(*given)
     with mesh_of(data=2, tensor=2):
         got = jax.jit(run)(*map(np.asarray, given))
