@@ -132,7 +132,11 @@ GROW = "{% set n = namespace(s='0123456789') %}{% for i in range(60) %}{% set n.
 NEST = "{% set n = namespace(l=[]) %}{% for i in range(99999) %}{% set n.l = [n.l] %}{% endfor %}{{ n.l | tojson }}"
 HOSTILE = {
     "loops without end": (THRICE.replace("BODY", ""), "it computes for more than 2 s"),
-    "loops without end and writes": (THRICE.replace("BODY", "x"), "it computes for more than 2 s"),
+    # Now and then: a fast machine would fill 256 MB in less than 2 s.
+    "loops without end and writes": (
+        THRICE.replace("BODY", "{% if c % 9 == 0 %}x{% endif %}"),
+        "it computes for more than 2 s",
+    ),
     "one expression without end": ("{{ 10 ** (10 ** 8) }}", "it computes for more than 2 s"),
     "doubles a string 60 times": (GROW.replace("STEP", "n.s ~ n.s"), "it needs more than 256 MB"),
     "doubles a list 60 times": (GROW.replace("STEP", "[n.s] + [n.s] * 9999999"), "it needs more than 256 MB"),
