@@ -167,7 +167,7 @@ def test_the_training_step_compiles_and_fits(preset: str, mesh: MeshConfig, comp
     assert_communicates(program, cut)
     text, T = program.compiled.as_text(), config.model.context_length
     assert "splash_mha" in text
-    if T != config.model.d_model:  # else what a layer keeps has the same shape
+    if config.model.d_model != T:  # else what a layer keeps has the same shape
         assert not re.search(rf"\[\d+,\d+,(\d+,)?{T},{T}\]", text), "no scores of a whole sequence may lie in memory"
     assert "transpose(jvp())" in program.instructions("all-reduce|reduce-scatter"), "gradients must be added up"
     assert "pred[" not in program.instructions("all-gather"), "the one-hot of the loss must stay where it is cut"
