@@ -53,11 +53,12 @@ def _set_up_orbax() -> None:
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     ocp.type_handlers.register_type_handler(Array, arrays, override=True)
     # Reads and writes that are in flight when the first one fails have nobody to report to.
-    late = re.compile("Event loop is closed|never awaited|orbax|tensorstore|ocdbt", re.IGNORECASE)
+    late = re.compile("Event loop is closed|never awaited|serialize|orbax|tensorstore|ocdbt", re.IGNORECASE)
     logging.getLogger("asyncio").addFilter(lambda record: not late.search(record.getMessage()))
     warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited", RuntimeWarning)
     usual = sys.unraisablehook
-    sys.unraisablehook = lambda event: None if late.search(str(event.exc_value)) else usual(event)
+    # By its object too: a named tuple's constructor, in which it may be collected, lets nobody import to say so.
+    sys.unraisablehook = lambda event: None if late.search(f"{event.exc_value} {event.object}") else usual(event)
 
 
 def _flatten(tree: Any) -> Json:
