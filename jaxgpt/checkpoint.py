@@ -71,6 +71,8 @@ def _fingerprint(x: Array) -> Array:
     """uint32[3]: two lanes that depend on every bit of `x` and on its place, and the number of non-finite elements. A
     lane is the sum modulo 2^32 of mix(bits ^ place * constant): the same however `x` is sharded. The mix (murmur3's
     finalizer) is a bijection, so a change of one element always shows. It guards against faults, not attackers."""
+    if x.dtype.itemsize > 4:
+        raise TypeError(f"checkpoints hold types of at most 4 bytes, not {x.dtype}")
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     place = jnp.uint32(0)
     for axis, size in enumerate(x.shape):
