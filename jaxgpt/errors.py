@@ -12,10 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
-_STORAGE_ERRNOS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST,
-    errno.EISDIR, errno.EFBIG,
-}  # fmt: skip
+_STORAGE_ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EEXIST", "EISDIR", "EFBIG"]
 
 
 class JaxgptError(Exception):
@@ -109,7 +106,7 @@ def _as_mistake(error: BaseException) -> JaxgptError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stopped("interrupted; run the same command again to go on")
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _STORAGE_ERRORS:
         where = error.filename2 or error.filename or "a file"
         return StorageError(f"cannot write or read {where}: {error.strerror}; free space or choose another path")
     if "RESOURCE_EXHAUSTED" in str(error):  # as XLA says it

@@ -64,6 +64,16 @@ def test_gpt2_needs_two_operations_for_each_parameter_and_attention() -> None:
     assert forward_flops_per_token(dataclasses.replace(GPT2, windows=(128, 0))) < forward_flops_per_token(GPT2)
 
 
+@pytest.mark.parametrize("windows", [(), (7, 0)])
+def test_a_prompt_needs_no_scores_and_of_the_last_layer_keys_and_values(windows: tuple[int, ...]) -> None:
+    """Else a short prompt of a small model with many words would be filled in at more than the peak."""
+    config = dataclasses.replace(SMALL, windows=windows, context_length=100, vocab_size=10**6)
+    shorter = dataclasses.replace(config, n_layers=config.n_layers - 1, context_length=30)
+    D = config.d_model
+    without_scores = forward_flops_per_token(shorter) - 2 * D * 10**6
+    assert forward_flops_per_token(config, 30) == pytest.approx(without_scores + 2 * D * 2 * D)
+
+
 def test_the_peak_of_this_machine_is_measured_once_whatever_the_mesh(
     mesh_of: Callable[..., Any],
 ) -> None:

@@ -73,8 +73,7 @@ def transformers_generation(source: Path, scratch: Path, config: ModelConfig) ->
         rows = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
         return [row[:new] for row, new in zip(rows, news, strict=True)]
 
-    for name, (prompts, news) in workloads(config).items():
-        tokens = len(prompts[0]) if name.startswith("prefill") else sum(news)
+    for name, (prompts, news, tokens) in workloads(config).items():
         for size in sorted({min(8, len(prompts)), len(prompts)}):
             call = functools.partial(batches, prompts, news, size)
             yield Contender(name, f"transformers, by {size}", call, {"tokens": tokens})

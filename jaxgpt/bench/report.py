@@ -105,10 +105,11 @@ class Output:
         note(f"{len(pairs)} of the {len(known)} times in {self.baseline} compared: none is slower")
 
 
-def measure(contenders: Iterable[Contender], rounds: int, profile: Path | None = None) -> list[Row]:
+def measure(contenders: Iterable[Contender], rounds: int, profile: Path | None = None, warm: bool = False) -> list[Row]:
     """The figures of each contender, its largest error over the largest expected entry, and its time: `ms` the median,
     `spread` half the distance of its quartiles over it, `relative` its quartiles over the yardstick, `ratio` the median
-    speed over that of the first of its name. Texts, as lists of tokens, are compared with those of the first."""
+    speed over that of the first of its name. Texts, as lists of tokens, are compared with those of the first. To keep
+    them `warm`, each turn begins with a call that is not timed: a system may have taken memory back meanwhile."""
     rows = []
     for name, group in groupby(contenders, lambda contender: contender.name):
         timed, texts = [], None
@@ -134,7 +135,7 @@ def measure(contenders: Iterable[Contender], rounds: int, profile: Path | None =
                 equal = sum(a == b for a, b in zip(texts, result, strict=True))
                 row["reason"] = f"{equal} of {len(result)} texts equal"
         if timed:
-            samples = _samples([(_yardstick(), False), *((call, is_long) for _, call, is_long in timed)], rounds)
+            samples = _samples([(_yardstick(), False), *((call, is_long) for _, call, is_long in timed)], rounds, warm)
             for (row, *_), seconds in zip(timed, samples[1:], strict=True):
                 row |= _times(row, seconds, yardstick=samples[0], first=samples[1])
     return rows
@@ -165,10 +166,11 @@ def _yardstick() -> Callable[[], Any]:
     return lambda: compiled(a, b)
 
 
-def _samples(calls: list[tuple[Callable[[], Any], bool]], rounds: int) -> np.ndarray:
+def _samples(calls: list[tuple[Callable[[], Any], bool]], rounds: int, warm: bool) -> np.ndarray:
     """Seconds of one call [calls, rounds]; one that is not known to be long is repeated."""
 
     def seconds(call: Callable[[], Any], repeats: int) -> float:
+        jax.block_until_ready(call() if warm else None)
         began = time.perf_counter()
         for _ in range(repeats):
             result = call()

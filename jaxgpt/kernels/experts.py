@@ -34,7 +34,8 @@ def mixture(
         sizes_E = jnp.bincount(experts_N, length=gate_EDF.shape[0]).astype(jnp.int32)
         token_N = order_N // experts_BTM.shape[-1]
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[token_N]
-        hidden_NF = activate(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
+        hidden = jax.checkpoint(lambda gate, up: activate(gate) * up)  # made again for the gradient
+        hidden_NF = hidden(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E), jax.lax.ragged_dot(x_ND, up_EDF, sizes_E))
         y_ND = jax.lax.ragged_dot(hidden_NF, down_EFD, sizes_E).astype(jnp.float32)
         y_ND *= weights_BTM.ravel()[order_N][:, None]
         # Back to the tokens' order first: adding up M rows is the same on every run, a scatter may not be.
@@ -55,5 +56,4 @@ def router_losses(logits_BTE: Array, experts_BTM: Array) -> Array:
     chosen_BTME = experts_BTM[..., None] == jnp.arange(experts)[None, None, None]
     share_E = chosen_BTME.sum(2).astype(jnp.float32).mean((0, 1))
     probability_E = jax.nn.softmax(logits_BTE).mean((0, 1))
-    z = jnp.square(jax.nn.logsumexp(logits_BTE, -1)).mean()
-    return jnp.stack([experts * (share_E * probability_E).sum(), z])
+    return jnp.stack([experts * (share_E * probability_E).sum(), jnp.square(jax.nn.logsumexp(logits_BTE, -1)).mean()])

@@ -111,6 +111,5 @@ def evaluate(
     nats, tokens, sizes = (np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True))
     rows, bits = np.count_nonzero(sizes), nats.sum() / math.log(2) / sizes.sum()
     spread = np.square(nats / math.log(2) - bits * sizes).sum() * rows / max(rows - 1, 1)
-    figures = {"val_loss": nats.sum() / tokens.sum(), "val_bits_per_byte": bits}
-    figures["val_bits_per_byte_se"] = math.sqrt(spread) / sizes.sum()
-    return {name: float(value) for name, value in figures.items()}
+    figures = nats.sum() / tokens.sum(), bits, math.sqrt(spread) / sizes.sum()
+    return dict(zip(("val_loss", "val_bits_per_byte", "val_bits_per_byte_se"), map(float, figures), strict=True))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import Cache, Transformer, layers, new_cache, parameter_count, parameter_name, transformer
@@ -433,3 +434,14 @@ def test_the_smallest_gpt2_has_its_published_number_of_parameters() -> None:
 def test_the_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size is not set"):
         Transformer(tiny(vocab_size=None), jax.random.key(0))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_layer_keeps_for_its_gradient_what_its_products_need(gated: bool) -> None:
+    """What norms and activations are made of on the way is made again: half of a layer's memory was that."""
+    config, x_BTD = tiny(gated_mlp=gated, d_ff=40, n_layers=1), jnp.ones((B, T, 32))
+    up_gate_and_product = 3 if gated else 2
+    for part, wide in ((layers.FeedForward(config, nnx.Rngs(0)), up_gate_and_product), (layers.Norm("D", config), 0)):
+        _, pull = jax.vjp(lambda part, x_BTD: jax.tree.leaves(part(x_BTD)), part, x_BTD)
+        kept = [leaf.shape for leaf in jax.tree.leaves(pull)]
+        assert kept.count((B, T, 40)) == wide and kept.count((B, T, 32)) == 1 and kept.count((B, T, 1)) == 0
