@@ -143,14 +143,14 @@ class Generate(Compute):
         for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):  # as an Engine does, which comes late
             value = getattr(self, name)
             require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
-        from jaxgpt.generation.batch import Job
         from jaxgpt.generation.engine import Engine
 
         if self.input and self.output:
+            from jaxgpt.generation.batch import Job
+
             if not (shard := re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)):
                 raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
-            part = int(shard[1]), int(shard[2])
-            job = Job(self.input, self.output, self.sampling, is_text=self.format == "text", shard=part)
+            job = Job(self.input, self.output, self.sampling, self.format == "text", (int(shard[1]), int(shard[2])))
         with self.load(self.checkpoint, self.step) as trained:
             slots = self.slots if self.input else self.sampling.num_samples
             engine = Engine(trained.model, trained.tokenizer, slots, self.speculate)
@@ -223,9 +223,8 @@ class Convert:
             convert(self.source, self.target, self.to, self.dtype)
             print(f"wrote {self.target}")
             if self.check:
-                difference, kl, top1 = compare(self.source, self.target)
-                figures = f"KL divergence {kl:.2g} nats, top-1 agreement {100 * top1:.1f} %"
-                print(f"max logit difference {difference:.2g}, {figures}")
+                d, kl, top1 = compare(self.source, self.target)
+                print(f"max logit difference {d:.2g}, KL divergence {kl:.2g} nats, top-1 agreement {100 * top1:.1f} %")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,7 @@ from jaxgpt.training.step import TrainState, init_state, make_train_step
 
 _S = ModelConfig(n_layers=6, d_model=384, n_heads=6, context_length=256, vocab_size=512, scan_layers=False)
 _M = ModelConfig(n_layers=4, d_model=768, n_heads=12, context_length=512, vocab_size=50304, scan_layers=False)
-SIZES = {  # of the comparison with PyTorch
-    # Four rows at a time: what a layer passes on stays in the cache of the processor.
+SIZES = {  # of the comparison with PyTorch; S four rows at a time, so that what a layer passes on stays in a cache
     "S": TrainConfig(name="S", model=_S, training=TrainingConfig(batch_size=16, accumulation_steps=4)),
     "M": TrainConfig(name="M", model=_M, training=TrainingConfig(batch_size=4)),
 }
