@@ -73,7 +73,8 @@ def test_generation_is_timed_with_the_engine(tiny_trained: Any) -> None:
 def test_the_texts_fit_into_any_context(context_length: int) -> None:
     found = workloads(dataclasses.replace(MODEL, context_length=context_length))
     assert len(found) == 4 and found == workloads(dataclasses.replace(MODEL, context_length=context_length))
-    for prompts, news in found.values():
+    for name, (prompts, news, tokens) in found.items():
+        assert tokens == (len(prompts[0]) if name.startswith("prefill") else sum(news))
         assert all(len(prompt) + new <= context_length for prompt, new in zip(prompts, news, strict=True))
         assert all(0 <= token < 61 for prompt in prompts for token in prompt)
 
