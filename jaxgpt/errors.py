@@ -5,7 +5,6 @@ A user's error is one line: `jaxgpt: error: WHAT WHERE: WHY; WHAT TO DO`."""
 import difflib
 import errno
 import faulthandler
-import gc
 import io
 import os
 import signal
@@ -81,7 +80,6 @@ def run_command(command: Callable[[list[str]], object]) -> None:
     """Run `command(arguments)` and leave the process with 0, or with the status of the error that it raised. `--debug`
     anywhere on the command line keeps the traceback of a user's error too."""
     faulthandler.enable()
-    gc.set_threshold(50_000, 20)  # Python's own is 700: it would walk through all of JAX, 0.25 s, again and again
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the character for plus-minus must not end a run

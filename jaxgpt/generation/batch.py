@@ -185,6 +185,7 @@ class _Output(contextlib.ExitStack):
         self.enter_context(locked(marker.with_suffix(".lock"), wait=False, what=path))
         known = marker.read_text() if marker.exists() else None
         if known != identity and (known or path.exists() or self.part.exists()):
+            self.close()  # the lock, or it would be held for as long as the error
             raise ConfigError(f"output {path}: it is there, of another job; remove it or choose another name")
         self.complete, self.written, self.errors = path.exists(), 0, 0
         self._waiting: dict[int, bytes] = {}

@@ -135,6 +135,16 @@ def test_text_lines_are_prompts(job: Callable[..., Any]) -> None:
     assert [answer["id"] for answer in answers] == [1, 3, 4] and "not valid UTF-8" in answers[2]["error"]["message"]
 
 
+def test_a_refused_output_is_not_in_use(tmp_path: Path) -> None:
+    """As long as somebody has the error, its traceback has the output."""
+    (tmp_path / "out").write_text("another's")
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="it is there, of another job") as refused:
+            batch._Output(tmp_path / "out", "mine")
+        errors.append(refused)
+
+
 def test_a_complete_output_is_left_alone(job: Callable[..., Any], finished: Path, tmp_path: Path) -> None:
     older = min((path.name for path in (finished / "checkpoints").iterdir() if path.name.isdecimal()), key=int)
     first, _ = job(["a", "b"])
