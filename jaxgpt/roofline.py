@@ -20,15 +20,14 @@ DEVICES: dict[str, dict[str, float]] = tomllib.loads(Path(__file__).with_name("d
 
 @functools.cache
 def forward_flops_per_token(config: ModelConfig, prompt: int | None = None) -> float:
-    """Operations of one token's forward pass, a mean over a full sequence: matrix products, and attention over the
-    keys that the causal mask and the layer's window leave (boundaries of packed documents are not subtracted). Or over
-    a `prompt` of so many tokens, of which the last layer's keys and values are wanted, and no scores."""
+    """Operations of one token's forward pass, a mean over a full sequence: matrix products, and attention (scores, and
+    means of values) over keys that the causal mask and the layer's window leave, whatever documents are packed. Or over
+    a `prompt` of so many tokens, of which the last layer's keys and values are wanted, and no logits."""
     D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.key_dim
     mlp = D * config.ff_dim * (3 if config.gated_mlp else 2)
     if config.n_experts:  # those that a token is sent to, and the router
         mlp = config.experts_per_token * mlp + D * config.n_experts
     products, seen = D * K * (2 * H + 2 * G) + mlp, np.arange(1, (prompt or config.context_length) + 1)
-    # Scores, and the weighted mean of the values.
     layers = [products + 2 * H * K * np.minimum(seen, window or seen).mean() for window in config.layer_windows]
     if prompt:
         return 2.0 * (sum(layers[:-1]) + D * K * 2 * G)

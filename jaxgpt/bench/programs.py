@@ -44,6 +44,8 @@ class Train(Output):
         rows: list[Row] = []
         for name in self.configs:
             config = SIZES.get(name) or load_preset(name)
+            if name in SIZES and jax.default_backend() != "cpu":  # there four rows are too little work
+                config = dataclasses.replace(config, training=TrainingConfig(batch_size=config.training.batch_size))
             vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
             mesh = make_mesh(config.mesh)

@@ -12,12 +12,12 @@ import pytest
 
 from jaxgpt.bench import programs
 from jaxgpt.bench.programs import generations, random_batch, training_step, workloads
-from jaxgpt.bench.report import measure
+from jaxgpt.bench.report import Contender, measure
 from jaxgpt.cli import dispatch
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import Transformer
-from jaxgpt.sharding import place_batch
+from jaxgpt.sharding import make_mesh, place_batch
 from jaxgpt.training.step import batch_loss, loss_options
 
 MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=32, vocab_size=61)
@@ -156,3 +156,20 @@ def test_torch_is_compared_with_its_own_model_only() -> None:
 def test_sizes_are_those_of_the_comparison() -> None:
     shapes = {name: (c.model.n_layers, c.model.d_model, c.training.batch_size) for name, c in programs.SIZES.items()}
     assert shapes == {"S": (6, 384, 16), "M": (4, 768, 4)}
+
+
+@pytest.mark.parametrize(("backend", "parts"), [("cpu", [4, 1]), ("tpu", [1, 1])])
+def test_only_a_cpu_takes_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, backend: str, parts: list[int]) -> None:
+    """Elsewhere S's rows fill the devices, and divide by eight of them."""
+    seen: list[Any] = []
+
+    def remember(config: Any) -> Contender:
+        seen.append(config.training)
+        return Contender("x", "jaxgpt", None, {})
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(programs, "training_step", remember)
+    monkeypatch.setattr(programs, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    programs.Train().run()
+    assert [training.accumulation_steps for training in seen] == parts
+    assert [training.batch_size for training in seen] == [16, 4]

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt.bench import report
 from jaxgpt.bench.kernels import Kernels
 from jaxgpt.bench.report import Contender, Output, Row, measure
 from jaxgpt.errors import BadFileError, ConfigError, SlowerError
@@ -35,17 +37,22 @@ def test_times_are_of_one_call_and_ratios_of_the_first() -> None:
     assert slow["tokens"] == 7 and slow["relative"][0] <= slow["relative"][1] <= slow["relative"][2]
 
 
-def test_a_warm_turn_is_timed_from_its_second_call() -> None:
+def test_a_warm_turn_is_timed_from_its_second_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first one of a turn pays for is what the others' turns did to the machine."""
-    last = [""]
+    clock, last = [0.0], [""]
+
+    def now() -> float:
+        clock[0] += 0.005  # a look at the clock takes as long as a sample should, so that nothing is repeated
+        return clock[0]
 
     def call(name: str) -> None:
-        time.sleep(0.001 if last == [name] else 0.1)
+        clock[0] += 0.001 if last == [name] else 0.1
         last[0] = name
 
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=now))
     contenders = [Contender("x", name, functools.partial(call, name), {}) for name in "ab"]
-    assert all(row["ms"] > 15 for row in measure(contenders, rounds=3))
-    assert all(row["ms"] < 15 for row in measure(contenders, rounds=3, warm=True))
+    assert [row["ms"] for row in measure(contenders, rounds=3)] == pytest.approx([105, 105])
+    assert [row["ms"] for row in measure(contenders, rounds=3, warm=True)] == pytest.approx([6, 6])
 
 
 def test_each_name_has_its_own_first() -> None:
