@@ -24,12 +24,13 @@ from jaxgpt.sharding import out_sharding, shard
 Forms = tuple[Array, Array]
 # Log-probabilities of tokens, ids of the N most probable ones at their places, and those of these ids.
 Recorded = tuple[Array, Array, Array]
+Models = tuple[Transformer, ...]  # the one that writes, and behind it a smaller one where that is to guess
 
 
 class Slots(NamedTuple):
     """Texts in the making, and what is known of them."""
 
-    cache: Cache
+    caches: tuple[Cache, ...]  # one for each of the models
     tokens_BS: Array  # prompt and completion, int32; what is behind a slot's length means nothing
     recorded: Recorded  # [B, S], [B, S, N] twice: where a request wants them
     lengths_B: Array  # tokens of each slot so far
@@ -41,19 +42,19 @@ class Slots(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
-    """Free slots for texts of up to `length` tokens."""
+def empty_slots(configs: tuple[ModelConfig, ...], slots: int, length: int) -> Slots:
+    """Free slots for texts of up to `length` tokens; `configs` are those of the models."""
 
     def zeros(axes: str, *more: int, dtype: Any = jnp.int32) -> Array:
         return jnp.zeros((slots, *more), dtype, out_sharding=out_sharding(axes))
 
     rules = jax.tree.map(lambda x: zeros("B_"[: 1 + x.ndim], *x.shape, dtype=x.dtype), NO_RULES)
-    top = length, min(MAX_ALTERNATIVES, config.vocab_size or 0)
+    top = length, min(MAX_ALTERNATIVES, configs[0].vocab_size or 0)
     recorded = zeros("BS", length, dtype=jnp.float32), zeros("BSN", *top), zeros("BSN", *top, dtype=jnp.float32)
     return Slots(
-        cache=new_cache(config, slots, length), tokens_BS=zeros("BS", length), recorded=recorded, lengths_B=zeros("B"),
-        states_B=zeros("B", dtype=jnp.int16), done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool),
-        rules=rules, steps=jnp.int32(0),
+        caches=tuple(new_cache(config, slots, length) for config in configs), tokens_BS=zeros("BS", length),
+        recorded=recorded, lengths_B=zeros("B"), states_B=zeros("B", dtype=jnp.int16),
+        done_B=jnp.ones_like(zeros("B"), bool), failed_B=zeros("B", dtype=bool), rules=rules, steps=jnp.int32(0),
     )  # fmt: skip
 
 
@@ -65,8 +66,8 @@ def resize(slots: Slots, length: int) -> Slots:
         grown = max(length - x.shape[1], 0)
         return jnp.pad(x[:, :length], ((0, 0), (0, grown), *[(0, 0)] * (x.ndim - 2)))
 
-    cache, tokens_BS, recorded = jax.tree.map(fit, (slots.cache, slots.tokens_BS, slots.recorded))
-    return slots._replace(cache=cache, tokens_BS=tokens_BS, recorded=recorded)
+    caches, tokens_BS, recorded = jax.tree.map(fit, (slots.caches, slots.tokens_BS, slots.recorded))
+    return slots._replace(caches=caches, tokens_BS=tokens_BS, recorded=recorded)
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
@@ -87,8 +88,8 @@ def admit(slots: Slots, new_B: Array, tokens_BS: Array, rules: Rules) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "places", "score"), donate_argnames="slots")
-def prefill(model: Transformer, slots: Slots, which: tuple[Array, ...], chunk: int, places: int, score: bool) -> Slots:
-    """Fill the cache of one slot in each part of the mesh with `chunk` of its tokens, from its own place on; what is
+def prefill(models: Models, slots: Slots, which: tuple[Array, ...], chunk: int, places: int, score: bool) -> Slots:
+    """Fill the caches of one slot in each part of the mesh with `chunk` of its tokens, from its own place on; what is
     before that is copied from a donor, a slot of that part whose text begins with the same tokens. `which` are slot,
     donor and place [Q]; slots are numbered within their part, and a number beyond them stands for none. One at a time:
     more would change a row's bits on a CPU. Nothing behind `places` of the cache is read: attention over all 1536 would
@@ -114,16 +115,18 @@ def prefill(model: Transformer, slots: Slots, which: tuple[Array, ...], chunk: i
     positions_QC = jnp.where(missing, slots.tokens_BS.shape[1], places_QC)  # which is not written
     # Nothing of another text stays: what is masked has weight 0, and 0 times NaN is NaN.
     shared_QS = (jnp.arange(places)[None] < starts_Q[:, None])[:, :, None, None]
-    known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q)[:, :places], 0), slots.cache)
+    known = jax.tree.map(lambda x: jnp.where(shared_QS, take(x, donors_Q)[:, :places], 0), slots.caches)
     tokens_QC, positions_QC = shard(tokens_QC, "BT"), shard(positions_QC, "BT")
-    x_QCD, cache, _ = model(tokens_QC, positions_QC, cache=known, lengths_B=take(slots.rules.end, chosen_Q))
+    ends_Q = take(slots.rules.end, chosen_Q)
+    read = [model(tokens_QC, positions_QC, cache=c, lengths_B=ends_Q) for model, c in zip(models, known, strict=True)]
     recorded = slots.recorded
     if score:  # a program of its own: the last layer's products, but for its keys and values, are for this alone
         of_each = jax.vmap(functools.partial(_log_probabilities, count=recorded[1].shape[-1]))
-        told = of_each(model.logits(x_QCD), labels_QC)
+        told = of_each(models[0].logits(read[0][0]), labels_QC)
         write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
         recorded = jax.tree.map(lambda x, new: put(x, write(take(x, chosen_Q), positions_QC, new)), recorded, told)
-    return slots._replace(cache=jax.tree.map(put, slots.cache, cache), recorded=recorded)
+    caches = jax.tree.map(put, slots.caches, tuple(cache for _, cache, _ in read))
+    return slots._replace(caches=caches, recorded=recorded)
 
 
 def _log_probabilities(logits_BV: Array, tokens_B: Array, count: int) -> Recorded:
@@ -141,21 +144,25 @@ def _by_part(x: Array, parts: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="guesses", donate_argnames="slots")
 def decode(
-    model: Transformer, slots: Slots, forms: Forms, stopped_B: Array, enough: Array, steps: Array, guesses: int = 0
+    models: Models, slots: Slots, forms: Forms, stopped_B: Array, enough: Array, steps: Array, guesses: int = 0
 ) -> Slots:
     """Append tokens to each text that is not complete, in up to `steps` passes; fewer once `enough` more texts are.
     `stopped_B` marks those that the host has found complete, for example by a stop text. A pass also reads `guesses`
     more tokens, and goes on for as long as they are what is chosen: the text stays the same, but for rounding."""
+    model, *drafts = models
 
     def step(slots: Slots) -> Slots:
         tokens_BT = jax.vmap(functools.partial(_guess, count=guesses))(slots.tokens_BS, slots.lengths_B)
+        drafted: tuple[Cache, ...] = ()
+        if drafts:
+            tokens_BT, drafted = _draft(drafts[0], slots, guesses)
         places_BT = jnp.maximum(slots.lengths_B - 1, 0)[:, None] + jnp.arange(1 + guesses)[None]
-        x_BTD, cache, _ = model(tokens_BT, places_BT, cache=slots.cache, lengths_B=slots.rules.end)
+        x_BTD, cache, _ = model(tokens_BT, places_BT, cache=slots.caches[0], lengths_B=slots.rules.end)
         assert cache is not None
         expected_BT = jnp.concatenate([tokens_BT[:, 1:], jnp.full_like(tokens_BT[:, :1], -1)], 1)
         inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (model.logits(x_BTD), expected_BT))
-        (slots, _), _ = jax.lax.scan(go_further, (slots._replace(cache=()), ~slots.done_B), inputs)
-        return slots._replace(cache=cache, steps=slots.steps + 1)
+        (slots, _), _ = jax.lax.scan(go_further, (slots._replace(caches=()), ~slots.done_B), inputs)
+        return slots._replace(caches=(cache, *drafted), steps=slots.steps + 1)
 
     def go_further(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
         return jax.lax.cond(carry[1].any(), functools.partial(_append, forms), lambda old, _: old, carry, inputs), None
@@ -171,6 +178,26 @@ def decode(
         return (slots.steps < steps) & ~slots.done_B.all() & (slots.done_B.sum() < complete + enough)
 
     return jax.lax.while_loop(go_on, step, slots)
+
+
+def _draft(model: Transformer, slots: Slots, count: int) -> tuple[Array, tuple[Cache, ...]]:
+    """The newest tokens, and behind them what a smaller model chooses by the same rules and random numbers
+    (arXiv:2211.17192, with guesses that are right or wrong, not weighed); and its cache."""
+
+    def further(carry: tuple, nothing: None) -> tuple[tuple, Array]:
+        tokens_BS, lengths_B, cache = carry
+        places_BT = lengths_B[:, None] + jnp.arange(-2, 0)[None]  # it has not read the last token of its last guess
+        tokens_BT = jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(tokens_BS, jnp.maximum(places_BT, 0))
+        places_BT = jnp.where(places_BT < 0, tokens_BS.shape[1], places_BT)  # which is not written
+        x_BTD, cache, _ = model(tokens_BT, places_BT, cache=cache, lengths_B=slots.rules.end)
+        token_B = choose(model.logits(x_BTD[:, 1:])[:, 0], slots.rules, tokens_BS, lengths_B)
+        put = jax.vmap(lambda row, place, token: row.at[place].set(token, mode="drop"))
+        return (put(tokens_BS, lengths_B, token_B), lengths_B + 1, cache), token_B
+
+    begin = slots.tokens_BS, slots.lengths_B, slots.caches[1]
+    (*_, cache), guessed_GB = jax.lax.scan(further, begin, length=count)
+    newest_B1 = jax.vmap(lambda row, length: row.at[length - 1].get(mode="clip"))(slots.tokens_BS, slots.lengths_B)
+    return jnp.concatenate([newest_B1[:, None], guessed_GB.T], 1), (cache,)
 
 
 def _guess(tokens_S: Array, length: Array, count: int) -> Array:

@@ -130,16 +130,31 @@ class _Forms:
 class Engine:
     """A model and its tokenizer, ready to generate on the current mesh."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 8, speculate: int = 0) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        slots: int = 8,
+        speculate: int = 0,
+        draft: Transformer | None = None,
+    ) -> None:
         """`slots`: texts that are continued together; rounded up so that each part of the mesh has as many.
-        `speculate`: tokens that are guessed for each pass from what a text repeats. Raises ConfigError."""
+        `speculate`: tokens that are guessed for each pass, by `draft`, a smaller model for the same tokenizer, or from
+        what a text repeats. Raises ConfigError."""
         for name, value, least, most in (("slots", slots, 1, 4096), ("speculate", speculate, 0, 64)):
             require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
         self._tokenizer = tokenizer
-        self._model = model if isinstance(model.layers, tuple) else for_decoding(model)
+        models = (model,) if draft is None else (model, draft)
+        self._models = tuple(each if isinstance(each.layers, tuple) else for_decoding(each) for each in models)
+        self._configs = tuple(each.config for each in models)
+        context, vocabulary = model.config.context_length, model.config.vocab_size or 0
+        for other in self._configs[1:]:
+            given = f"draft: it has {other.vocab_size} tokens and a context of {other.context_length}"
+            fits = other.vocab_size == vocabulary and other.context_length >= context
+            require(fits, f"{given}, this model {vocabulary} and {context}; take one that has as many")
+            require(speculate > 0, "draft: speculate, which says how many tokens it guesses, is 0; try 4")
         self._parts = batch_parts()
         self._slots, self._guesses = -(-slots // self._parts) * self._parts, speculate
-        vocabulary = self._model.config.vocab_size or 0
         self._spelt = (*tokenizer.token_bytes, *[b""] * vocabulary)[:vocabulary]
         # The slots of the last run, and the prompts whose keys and values are in them, to begin others with.
         self._kept: tuple[Slots | None, list[list[int]]] = None, [[]] * self._slots
@@ -166,15 +181,15 @@ class Engine:
         return ((more.request.sample, more.text) for more in self.run(self.requests(prompt, params)) if more.text)
 
     def room(self, prompt: Prompt) -> int:
-        return self._model.config.context_length - len(self._ids(prompt))
+        return self._configs[0].context_length - len(self._ids(prompt))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
         """One for each sample of a prompt. Raises ConfigError, naming it, for what this model cannot take."""
-        ids, context = self._ids(prompt), self._model.config.context_length
-        vocabulary = self._model.config.vocab_size or 0
+        ids, context = self._ids(prompt), self._configs[0].context_length
+        vocabulary = self._configs[0].vocab_size or 0
         require(bool(ids), "the prompt is empty, and this model has no token that begins a text; give it some text")
         named = {"prompt": ids, "logit_bias": dict(params.logit_bias), "stop_token_ids": params.stop_token_ids}
         for name, mentioned in named.items():
@@ -213,7 +228,7 @@ class Engine:
             enough = len(texts) if exhausted else self._parts
             stopped = _put(np.array([slot not in texts for slot in range(self._slots)]), "B")
             steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
-            slots = decode(self._model, slots, forms.of(texts, self._slots), stopped, enough, steps, self._guesses)
+            slots = decode(self._models, slots, forms.of(texts, self._slots), stopped, enough, steps, self._guesses)
             yield from unseen  # while the device computes
             told = (slots.tokens_BS, slots.lengths_B, slots.done_B, slots.failed_B, slots.steps)
             tokens_BS, lengths, done, failed, passes = jax.device_get(told)
@@ -234,16 +249,16 @@ class Engine:
     def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
         longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH * (1 + self._guesses) for text in texts.values()))
         power = 2 ** math.ceil(math.log2(longest))
-        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._model.config.context_length)
+        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
         if slots is None:
-            return empty_slots(self._model.config, self._slots, length)
+            return empty_slots(self._configs, self._slots, length)
         if length <= slots.tokens_BS.shape[1] <= 4 * length:  # what prompts begin with stays when texts get shorter
             return slots
         prompts[:] = [ids[:length] for ids in prompts]
         return resize(slots, length)
 
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
-        length, context = slots.tokens_BS.shape[1], self._model.config.context_length
+        length, context = slots.tokens_BS.shape[1], self._configs[0].context_length
         tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
         for slot, (ids, params, ends, _, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
@@ -270,10 +285,10 @@ class Engine:
                 end = max(int(starts_Q.max()) + (chunk + 1) * CHUNK, 2 * _SHORTEST)
                 places = length >> max(math.floor(math.log2(length / end)), 0)  # few sizes, each is compiled for
                 which = tuple(_put(x, "B") for x in given)
-                slots = prefill(self._model, slots, which, CHUNK, places, bool(scored))
+                slots = prefill(self._models, slots, which, CHUNK, places, bool(scored))
             for _, slot in there:
                 # Longrope's keys depend on the end of the text too.
-                prompts[slot] = [] if self._model.config.rope_scaling == "longrope" else new[slot].ids
+                prompts[slot] = [] if any(each.rope_scaling == "longrope" for each in self._configs) else new[slot].ids
         return slots
 
 
