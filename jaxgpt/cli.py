@@ -134,6 +134,7 @@ class Generate(Compute):
     shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
     slots: int = 8  # Lines that are answered at the same time. The answers are the same but for rounding.
     speculate: int = 0  # Tokens to guess at a time from what a text repeats: faster, same but for rounding (try 7).
+    draft: Path | None = None  # A smaller model with the same tokenizer, which guesses instead.
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
@@ -152,8 +153,8 @@ class Generate(Compute):
                 raise ConfigError(f"shard {self.shard!r}: it must be I/N, such as 0/4")
             job = Job(self.input, self.output, self.sampling, self.format == "text", (int(shard[1]), int(shard[2])))
         with self.load(self.checkpoint, self.step) as trained:
-            slots = self.slots if self.input else self.sampling.num_samples
-            engine = Engine(trained.model, trained.tokenizer, slots, self.speculate)
+            slots = self.slots if self.input else self.sampling.best_of or self.sampling.num_samples
+            engine = Engine(trained.model, trained.tokenizer, slots, self.speculate, self._draft(trained))
             if not self.input:
                 return self._continue(engine)
             from jaxgpt.checkpoint import fingerprint
@@ -161,6 +162,16 @@ class Generate(Compute):
 
             named = trained.config, trained.tokenizer.sha256, fingerprint(trained.model), self.speculate, self.slots
             job.run(engine, lambda said: encode_chat(trained.tokenizer, said), " ".join(map(str, named)))
+
+    def _draft(self, trained: Any) -> Any:
+        if self.draft is None:
+            return None
+        from jaxgpt.interop.load import load_model
+
+        found = load_model(self.draft, dtype=self.dtype)
+        same = found.tokenizer.token_bytes == trained.tokenizer.token_bytes
+        require(same, f"draft {self.draft}: its tokenizer is another one; take a smaller model of the same family")
+        return found.model
 
     def _continue(self, engine: Any) -> None:
         """Print the first sample as it comes, the others, which come at the same time, behind it."""

@@ -9,6 +9,7 @@ import codecs
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -20,6 +21,7 @@ from jax import Array
 
 from jaxgpt.errors import ConfigError, require
 from jaxgpt.generation.automaton import token_table
+from jaxgpt.generation.beams import beam_search
 from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
@@ -171,7 +173,7 @@ class Engine:
         paired = enumerate(zip(prompts, each, strict=True))
         waiting = [request for i, (prompt, own) in paired for request in self.requests(prompt, own, i)]
         found = {(p.request.tag, p.request.sample): p.completion for p in self.run(waiting) if p.completion}
-        return [found[request.tag, request.sample] for request in waiting]
+        return [completion for _, completion in sorted(found.items(), key=lambda each: each[0])]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[int, str]]:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
@@ -187,7 +189,8 @@ class Engine:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
-        """One for each sample of a prompt. Raises ConfigError, naming it, for what this model cannot take."""
+        """One for each sample of a prompt, or for all that a search gives. Raises ConfigError, naming it, for what this
+        model cannot take."""
         ids, context = self._ids(prompt), self._configs[0].context_length
         vocabulary = self._configs[0].vocab_size or 0
         require(bool(ids), "the prompt is empty, and this model has no token that begins a text; give it some text")
@@ -203,16 +206,34 @@ class Engine:
             self.truncated += 1
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
+        fits = params.beam_width <= vocabulary and not params.beam_width % self._parts
+        require(fits, f"beam_width is {params.beam_width}: it must be a multiple of {self._parts}, up to {vocabulary}")
         require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
         ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
         require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
         regex, schema = "|".join(map(re.escape, params.choice)) or params.regex, params.json_schema
         form = token_table(regex, schema, self._spelt, ends) if regex or schema else None
-        each = [params, *[replace(params, prompt_logprobs=None)] * (params.num_samples - 1)]  # one scores the prompt
+        params = replace(params, logprobs=params.logprobs or 0) if params.best_of else params
+        few = 1 if params.beam_width else params.best_of or params.num_samples
+        each = [params, *[replace(params, prompt_logprobs=None)] * (few - 1)]  # one scores the prompt
         return [Request(ids, own, ends, form, sample, tag) for sample, own in enumerate(each)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
-        """What comes of requests, in the order in which it comes. They are taken when there is a slot for them."""
+        """What comes of requests, in the order in which it comes. They are taken when there is a slot for them. With
+        `best_of` the best samples come when all of a tag are there."""
+        samples = defaultdict[int, dict[int, Completion]](dict)
+        for more in self._run(requests):
+            request, done = more.request, more.completion
+            if not (wanted := request.params.best_of):
+                yield more
+            elif done:
+                samples[request.tag][request.sample] = done
+                if len(samples[request.tag]) == wanted:
+                    every = [done for _, done in sorted(samples.pop(request.tag).items())]
+                    best = sorted(every, key=_quality, reverse=True)[: request.params.num_samples]
+                    yield from (Progress(request._replace(sample=i), done.text, done) for i, done in enumerate(best))
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         waiting, texts, unseen = iter(requests), dict[int, _Text](), list[Progress]()
         (slots, prompts), self._kept = self._kept, (None, [[]] * self._slots)  # another run meanwhile has its own
         forms = _Forms(len(self._spelt))
@@ -220,10 +241,15 @@ class Engine:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
             exhausted = len(new) < len(free)
+            for slot in [slot for slot, each in new.items() if each.params.beam_width]:
+                yield from self._search(new.pop(slot))
             texts |= {slot: _Text(each, self._tokenizer) for slot, each in new.items()}
-            if not texts:
+            if not texts and exhausted:
                 break
-            slots = self._fit(slots, prompts, texts)
+            if not texts:
+                continue
+            longest = max(text.length for text in texts.values()) + STEPS_PER_DISPATCH * (1 + self._guesses)
+            slots = self._fit(slots, prompts, self._length(longest))
             slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
             stopped = _put(np.array([slot not in texts for slot in range(self._slots)]), "B")
@@ -246,10 +272,24 @@ class Engine:
         self._kept = slots, prompts
         yield from unseen
 
-    def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
-        longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH * (1 + self._guesses) for text in texts.values()))
-        power = 2 ** math.ceil(math.log2(longest))
-        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
+    def _search(self, request: Request) -> Iterator[Progress]:
+        """The best that beam search finds, in slots of its own, where nothing is guessed."""
+        (ids, params, *_), beams = request, request.params.beam_width
+        slots = empty_slots(self._configs, beams, self._length(len(ids) + params.max_new_tokens))
+        slots = self._fill(slots, [[]] * beams, {0: request})
+        found = beam_search(self._models[0], slots, np.float32(params.length_penalty))
+        texts_BS, lengths, failed = jax.device_get(found)
+        for sample in range(params.num_samples):
+            text = _Text(request._replace(sample=sample), self._tokenizer)
+            yield text.push(texts_BS[sample], int(lengths[sample]), True, bool(failed))
+            self.tokens += text.length - len(ids)
+
+    def _length(self, longest: int) -> int:
+        """Places for texts of up to `longest` tokens: of few sizes, for each of which programs are compiled."""
+        power = 2 ** math.ceil(math.log2(max(longest, _SHORTEST)))
+        return min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
+
+    def _fit(self, slots: Slots | None, prompts: list[list[int]], length: int) -> Slots:
         if slots is None:
             return empty_slots(self._configs, self._slots, length)
         if length <= slots.tokens_BS.shape[1] <= 4 * length:  # what prompts begin with stays when texts get shorter
@@ -259,14 +299,15 @@ class Engine:
 
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
         length, context = slots.tokens_BS.shape[1], self._configs[0].context_length
-        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
+        count = len(prompts)
+        tokens_BS, rules = np.zeros((count, length), np.int32), [NO_RULES] * count
         for slot, (ids, params, ends, _, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
             rules[slot] = Rules.of(params, len(ids), context, ends, sample)
         stacked = jax.tree.map(lambda *each: _put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
-        new_B = _put(np.isin(np.arange(self._slots), list(new)), "B")
+        new_B = _put(np.isin(np.arange(count), list(new)), "B")
         slots = admit(slots, new_B, _put(tokens_BS, "BS"), stacked)
-        in_part = self._slots // self._parts
+        in_part = count // self._parts
         by_part = ([slot for slot in new if slot // in_part == part] for part in range(self._parts))
         for now in itertools.zip_longest(*by_part):
             chosen_Q, donors_Q, starts_Q = (np.full(self._parts, n, np.int32) for n in (in_part, 0, 0))
@@ -294,6 +335,12 @@ class Engine:
 
 def _put(array: np.ndarray, axes: str) -> Array:
     return jax.device_put(array, out_sharding(axes))
+
+
+def _quality(done: Completion) -> tuple[bool, float]:
+    """Of the best sample this is the greatest: the mean of its log-probabilities; those that failed come last."""
+    known = [-math.inf if x is None else x for x in done.logprobs or []]
+    return done.finish_reason != "error", sum(known) / max(len(known), 1)
 
 
 def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) -> Completion:

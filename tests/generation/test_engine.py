@@ -337,10 +337,10 @@ def test_a_row_that_is_not_finite_fails_alone(mesh_of: Callable[..., Any], token
         later = engine.generate(["def f(", "import "], GREEDY)
         (scored,) = engine.generate(["aq" + 70 * "b"], replace(GREEDY, prompt_logprobs=1))
         longer = Engine(make_model(tokenizer, context_length=640), tokenizer, slots=1)
-        longer._model.token_embedding = jax.tree.map(
-            lambda p: jnp.where(row, jnp.nan, p), longer._model.token_embedding
+        longer._models[0].token_embedding = jax.tree.map(
+            lambda p: jnp.where(row, jnp.nan, p), longer._models[0].token_embedding
         )
-        fresh = Engine(longer._model, tokenizer, slots=1).generate(["def f("], GREEDY)
+        fresh = Engine(longer._models[0], tokenizer, slots=1).generate(["def f("], GREEDY)
         behind = longer.generate(["a" * 500 + "q", "def f("], GREEDY)
     assert scored.finish_reason == "error" and None in (scored.prompt_logprobs or [{}])[-1].values()
     json.dumps(scored._asdict(), allow_nan=False)
