@@ -1,6 +1,7 @@
 """What all tokenizers have in common."""
 
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -63,13 +64,9 @@ class Tokenizer(ABC):
         longest_first = sorted(map(re.escape, known), key=len, reverse=True)
         if text and not (allow_special and text.startswith(tuple(self.special_tokens))):
             text = self._dummy + text
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(longest_first)})", text) if known else [text]:
-            if part in known:
-                ids += known[part]
-            elif part:
-                ids += self._cut([part], allow_special)[0]
-        return [*self.bos_ids, *ids] if bos else ids
+        parts = re.split(f"({'|'.join(longest_first)})", text) if known else [text]
+        ids = [known.get(part) or self._cut([part], allow_special)[0] for part in parts if part]
+        return list(itertools.chain(self.bos_ids if bos else [], *ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
