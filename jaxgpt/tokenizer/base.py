@@ -9,20 +9,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import sentencepiece_model_pb2
+
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import write_atomically
 
+model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+Kind = model_pb2.ModelProto.SentencePiece  # as in GGUF: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 Settings = dict[str, Any]
 """The keys of Hugging Face's tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token, chat_template; and
 `end_tokens`, all that end a text."""
-
-
-class Kind:
-    """What a piece is, numbered as in SentencePiece and GGUF."""
-
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 class Tokenizer(ABC):
