@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,13 @@ class Tokenizer(ABC):
         found = self._cut([text and self._dummy + text for text in texts], False)
         return [self.encode(t) if SPACE in t and self._spelt else ids for t, ids in zip(texts, found, strict=True)]
 
-    def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
+    def decode_bytes(self, ids: Sequence[int], *, special: bool = False) -> bytes:
         """The bytes of `ids`; special tokens are written out if `special`. Raises ConfigError for an unknown id."""
-        parts = []
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(f"token id {token}: it must be between 0 and {self.vocab_size - 1}, the vocabulary")
-            parts.append(self.token_bytes[token] or (self.pieces[token].encode() if special else b""))
-        return b"".join(parts)
+        if strange := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise ConfigError(f"token id {strange[0]}: it must be between 0 and {self.vocab_size - 1}, the vocabulary")
+        return b"".join(self.token_bytes[token] or (self.pieces[token].encode() if special else b"") for token in ids)
 
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The whole text that `ids` encode, without a dummy prefix; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self.prefix)
 
