@@ -122,15 +122,14 @@ class TextCorpus:
     def documents(self, *, held_out: bool) -> Iterator[str]:
         begin = 0
         for by_hash, text in self._read(Problems(self.data.max_bad_documents)):
-            sides = ("", text) if by_hash else (text, "")
+            place = 0 if by_hash else len(text)
             if self.survey.cut is not None:
                 place = min(max(self.survey.cut - begin, 0), len(text))
                 line_end = text.find("\n", place) + 1 if place else 0  # a line stays whole where that leaves a rest
                 place = line_end if 0 < line_end < len(text) else place
-                sides = text[:place], text[place:]
             begin += len(text)
-            if sides[held_out]:
-                yield sides[held_out]
+            if side := text[place:] if held_out else text[:place]:
+                yield side
 
 
 def _file_digest(path: Path) -> str:

@@ -6,14 +6,13 @@ it marks the shard as finished), then `tokenizer.model` and last `meta.json`. A 
 
 import hashlib
 import io
-import itertools
 import json
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
 
 from jaxgpt.errors import BadFileError
 from jaxgpt.files import read_json, write_atomically
@@ -29,18 +28,14 @@ class TokenStream:
 
     def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray) -> None:
         """starts: where documents begin, int64 [documents]."""
-        self._shards, self.starts = shards, starts
-        self._begins = [0, *itertools.accumulate(map(len, shards))]  # of the shards, and the end of the last one
+        self._tokens, self.starts = pyarrow.chunked_array(shards or [np.empty(0, np.uint16)]), starts
 
     def __len__(self) -> int:
-        return self._begins[-1]
+        return len(self._tokens)
 
     def window(self, begin: int, length: int) -> np.ndarray:
         """tokens[begin : begin + length], fewer at the end of the stream."""
-        first, last = bisect_right(self._begins, begin) - 1, bisect_left(self._begins, begin + length)
-        near = zip(self._shards[first:last], self._begins[first:last], strict=False)
-        parts = [shard[max(begin - at, 0) : begin + length - at] for shard, at in near]
-        return np.concatenate([np.empty(0, np.int32), *parts])
+        return self._tokens.slice(begin, length).to_numpy()
 
 
 class Corpus(NamedTuple):

@@ -7,9 +7,9 @@ from jaxgpt.errors import BadFileError, note
 from jaxgpt.files import reading, write_atomically
 from jaxgpt.interop.gguf import read_gguf
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.tokenizer.base import SPACE, Kind
+from jaxgpt.tokenizer.base import SPACE, Kind, model_pb2
 from jaxgpt.tokenizer.bpe import CUTTINGS, JsonTokenizer, tokenizer_json
-from jaxgpt.tokenizer.spm import SentencePieceTokenizer, model_pb2
+from jaxgpt.tokenizer.spm import SentencePieceTokenizer
 
 Json = dict[str, Any]
 _PROBE = "Don't SAY  it'll\n\n  end: 31,415 \t x=[1]\r\n   naïve e\u0301 \u4f60\u597d \U0001f642\ufeff\n"

@@ -5,7 +5,6 @@ whitespace kept), byte fallback for characters without a piece, and U+2581, whic
 spelt by its three bytes. Its ids: 0 pad, 1 bos, 2 eos, 3 unknown (never used), then the configured special tokens, 256
 bytes, learned pieces. Other people's keep what they do, such as a dummy prefix or Unicode's NFC."""
 
-import os
 from pathlib import Path
 
 from jaxgpt.files import read_bounded, read_json, reading
@@ -18,7 +17,7 @@ __all__ = ["TOKENIZER_FILES", "Tokenizer", "load_tokenizer", "train_tokenizer"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # looked for in this order
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """A .model file, a tokenizer.json, or a directory with one of them. Raises BadFileError where there is none."""
     path = Path(path)
     if path.is_dir():

@@ -1,27 +1,26 @@
 """What all tokenizers have in common."""
 
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
 
 from jaxgpt.errors import BadFileError, ConfigError
 from jaxgpt.files import write_atomically
 
+model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+Kind = model_pb2.ModelProto.SentencePiece  # as in GGUF: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 Settings = dict[str, Any]
 """The keys of Hugging Face's tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token, chat_template; and
 `end_tokens`, all that end a text."""
-
-
-class Kind:
-    """What a piece is, numbered as in SentencePiece and GGUF."""
-
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 class Tokenizer(ABC):
@@ -63,13 +62,9 @@ class Tokenizer(ABC):
         longest_first = sorted(map(re.escape, known), key=len, reverse=True)
         if text and not (allow_special and text.startswith(tuple(self.special_tokens))):
             text = self._dummy + text
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(longest_first)})", text) if known else [text]:
-            if part in known:
-                ids += known[part]
-            elif part:
-                ids += self._cut([part], allow_special)[0]
-        return [*self.bos_ids, *ids] if bos else ids
+        parts = re.split(f"({'|'.join(longest_first)})", text) if known else [text]
+        ids = [known.get(part) or self._cut([part], allow_special)[0] for part in parts if part]
+        return list(itertools.chain(self.bos_ids if bos else [], *ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
@@ -78,16 +73,13 @@ class Tokenizer(ABC):
         found = self._cut([text and self._dummy + text for text in texts], False)
         return [self.encode(t) if SPACE in t and self._spelt else ids for t, ids in zip(texts, found, strict=True)]
 
-    def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
+    def decode_bytes(self, ids: Sequence[int], *, special: bool = False) -> bytes:
         """The bytes of `ids`; special tokens are written out if `special`. Raises ConfigError for an unknown id."""
-        parts = []
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(f"token id {token}: it must be between 0 and {self.vocab_size - 1}, the vocabulary")
-            parts.append(self.token_bytes[token] or (self.pieces[token].encode() if special else b""))
-        return b"".join(parts)
+        if strange := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise ConfigError(f"token id {strange[0]}: it must be between 0 and {self.vocab_size - 1}, the vocabulary")
+        return b"".join(self.token_bytes[token] or (self.pieces[token].encode() if special else b"") for token in ids)
 
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The whole text that `ids` encode, without a dummy prefix; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, special=special).decode("utf-8", "replace").removeprefix(self.prefix)
 

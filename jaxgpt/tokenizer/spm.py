@@ -3,16 +3,13 @@
 import io
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from jaxgpt.config import TokenizerConfig
 from jaxgpt.errors import BadFileError, ConfigError
-from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer
+from jaxgpt.tokenizer.base import SPACE, Settings, Tokenizer, model_pb2
 
-model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 _PROBE = f" a  b\r\n\t{SPACE}\n   \x00\ufeffe\u0301 \U0001f642</s><0x41> "
 
 

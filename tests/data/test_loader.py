@@ -36,7 +36,7 @@ def equal(one: Batch, other: Batch) -> bool:
 
 def slow_row(stream: TokenStream, begin: int, length: int) -> list[list[int]]:
     """What a row must be, one token at a time."""
-    tokens = [token for shard in stream._shards for token in shard.tolist()]
+    tokens = stream._tokens.to_pylist()
     starts, rows, segment, position = set(stream.starts.tolist()), [], 0, 0
     for place in range(begin, begin + length):
         if place >= len(tokens):
