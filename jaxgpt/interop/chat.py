@@ -48,40 +48,34 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     start = [{"role": "system", "content": system}] if system else []
     encode_chat(tokenizer, [*start, {"role": "user", "content": "?"}])  # a template that cannot work says so at once
     messages, terminal = list(start), sys.stdin.isatty() and sys.stdout.isatty()
-    stop, refusal = (KeyboardInterrupt, ConfigError) if terminal else ((), ())  # elsewhere they end it all
+    stop, refusal = ((KeyboardInterrupt,), ConfigError) if terminal else ((), ())  # elsewhere they end it all
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (`input` edits lines with it)
         note("Ctrl-C stops an answer; /reset begins anew, also when the context is full; /exit or Ctrl-D leaves")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # which the tokenizer refuses by name
-    while (line := _next_line(terminal)) != "/exit":
-        if line == "/reset":
-            messages = list(start)
-        elif line.strip():
-            messages.append({"role": "user", "content": line})
-            answer: list[str] = []
-            try:
-                ids = encode_chat(tokenizer, messages)
-                if 0 < (room := engine.room(ids)) < params.max_new_tokens:
-                    note(f"{room} tokens of the context are left, so the answer ends there at the latest")
-                for _, text in engine.stream(ids, params):
-                    print(text, end="", flush=True)
-                    answer.append(text)
-            except stop:
-                pass
-            except refusal as error:
-                note(str(error))
-                messages.pop()
-                continue
-            print()
-            messages.append({"role": "assistant", "content": "".join(answer)})
-
-
-def _next_line(terminal: bool) -> str:
-    end = (EOFError, KeyboardInterrupt) if terminal else (EOFError,)
     try:
-        return input("> " if terminal else "")
-    except end:
+        while (line := input("> " if terminal else "")) != "/exit":
+            if line == "/reset":
+                messages = list(start)
+            elif line.strip():
+                messages.append({"role": "user", "content": line})
+                answer: list[str] = []
+                try:
+                    ids = encode_chat(tokenizer, messages)
+                    if 0 < (room := engine.room(ids)) < params.max_new_tokens:
+                        note(f"{room} tokens of the context are left, so the answer ends there at the latest")
+                    for _, text in engine.stream(ids, params):
+                        print(text, end="", flush=True)
+                        answer.append(text)
+                except stop:
+                    pass
+                except refusal as error:
+                    note(str(error))
+                    messages.pop()
+                    continue
+                print()
+                messages.append({"role": "assistant", "content": "".join(answer)})
+    except (EOFError, *stop):
         print(end="\n" if terminal else "")
-        return "/exit"

@@ -20,23 +20,19 @@ def render(template: str, messages: Sequence[dict[str, str]], *, where: str = "c
     {"role": ..., "content": ...}; `more` is what else the template sees, such as bos_token, of JSON's types; `where`
     names it in errors. Raises BadFileError when the template is wrong, unsafe or needs too much time, memory or room,
     and ConfigError when it refuses the conversation, as one whose roles do not alternate."""
-
-    def bad(why: str) -> BadFileError:
-        return BadFileError(f"{where}: {why}; restore it, or use generate.py")
-
-    if len(template) > MAX_TEMPLATE:
-        raise bad(f"it has {len(template)} characters, more than {MAX_TEMPLATE}")
     context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **more}
     try:
+        if len(template) > MAX_TEMPLATE:
+            raise ValueError(f"it has {len(template)} characters, more than {MAX_TEMPLATE}")
         kind, text = in_process(_render_here, SECONDS, template=template, context=context)
     except ValueError as error:
-        raise bad(str(error)) from None
+        kind, text = "error", str(error)
     if kind == "text":
         return text
     why = "".join(character if character.isprintable() else " " for character in text)[:300]
     if kind == "refusal":
         raise ConfigError(f"{where}: it refuses this conversation: {why}; change the messages")
-    raise bad(why)
+    raise BadFileError(f"{where}: {why}; restore it, or use generate.py")
 
 
 def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
@@ -44,13 +40,11 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
     import datetime
 
     import jinja2.debug  # noqa: F401  (what an error in a template needs)
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Refusal(TemplateError): ...
-
     def raise_exception(message: object) -> None:
-        raise Refusal(str(message)[:1000])
+        raise ConfigError(str(message)[:1000])
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     # Jinja's own filter escapes what HTML would; more of json.dumps would let a template call functions.
@@ -67,7 +61,7 @@ def _render_here(template: str, context: dict[str, Any]) -> tuple[str, str]:
     try:
         text = jinja.from_string(template).render(context)
         return ("text", text) if len(text) <= MAX_TEXT else ("error", f"it writes more than {MAX_TEXT} characters")
-    except Refusal as refusal:
+    except ConfigError as refusal:
         return "refusal", str(refusal)
     except MemoryError:
         return "error", f"it needs more than {MEMORY >> 20} MB"

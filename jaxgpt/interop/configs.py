@@ -247,15 +247,14 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
         hf |= {keys[name]: tensor in tensors for name, tensor in family.gguf_tensors.items()}
         hf |= {keys[name]: own[key] for name, key in family.gguf_keys.items() if key in own and keys[name]}
         width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
-        rotated = own.get("rope.dimension_count", width)
-        hf["partial_rotary_factor"] = rotated / width
-        if factors := tensors.get("rope_freqs.weight"):
-            if factors.shape != (rotated // 2,) or rotated > 2**16:  # what is read before all else is known
-                raise ValueError(f"rope_freqs.weight has the shape {list(factors.shape)}")
-            llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-            hf = llama3 | hf | {"rope_type": "llama3", "factor": float(factors.read().max())}
+        hf["partial_rotary_factor"] = own.get("rope.dimension_count", width) / width
         _, config = read_config(hf, where)
-        if factors:  # what Llama 3's scaling divides each frequency by
+        if factors := tensors.get("rope_freqs.weight"):  # what Llama 3's scaling divides each frequency by
+            if factors.shape != (config.rotary_dim // 2,) or config.rotary_dim > 2**16:  # before all else is known
+                raise ValueError(f"rope_freqs.weight has the shape {list(factors.shape)}")
+            context, largest = hf.get("original_max_position_embeddings", 8192), float(factors.read().max())
+            llama3 = {"rope_scaling": "llama3", "rope_factor": largest, "rope_original_context": context}
+            config = canonical(dataclasses.replace(config, **llama3))
             plain, scaled = (frequencies(config, config.rope_theta, scaling, 0) for scaling in ("none", "llama3"))
             if not np.allclose(plain / scaled, factors.read(), rtol=1e-5, atol=0):
                 raise ValueError("rope_freqs.weight is no scaling of Llama 3 that is known")

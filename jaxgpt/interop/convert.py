@@ -40,9 +40,8 @@ def convert(source: Path, target: Path, to: Literal["jaxgpt", "hf"], dtype: Dtyp
         else:
             _write_hf(trained, partial, dtype)
         publish(partial, target)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_run(trained: TrainedModel, directory: Path) -> None:

@@ -144,10 +144,9 @@ def _tensor(path: Path, start: int, shape: tuple[int, ...], kind: GGMLQuantizati
             values[...] = quants.dequantize(stored.reshape(1, -1), kind).reshape(-1, block)
 
     def read() -> np.ndarray:
-        blocks = math.prod(shape) // block
-        stored = np.fromfile(path, np.uint8, blocks * block_bytes, offset=start)
-        values = aligned((blocks, block), np.float32)
-        in_parts(expand, values, stored.reshape(blocks, block_bytes))
+        stored = np.fromfile(path, (np.uint8, block_bytes), math.prod(shape) // block, offset=start)
+        values = aligned((len(stored), block), np.float32)
+        in_parts(expand, values, stored)
         return values.reshape(shape)
 
     return StoredTensor(shape, kind.name, read)

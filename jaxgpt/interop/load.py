@@ -101,7 +101,7 @@ class Layout:
         ours = "".join(letter for letter in place.row.axes if letter in place.stored)
         return np.einsum(f"{place.stored}->{ours}", array)
 
-    def read(self, tensors: Mapping[str, StoredTensor], name: str, place: Place, layer: int | None) -> np.ndarray:
+    def read(self, tensors: Mapping[str, StoredTensor], name: str, place: Place, layer: int | str | None) -> np.ndarray:
         """The parameter of one layer, in our axes; a view of what was read where that is possible."""
         experts = range(self.config.n_experts) if "{e}" in name else [None]
         parts = [self.part(tensors[name.format(layer, e=expert)].read(), place) for expert in experts]
@@ -123,11 +123,9 @@ def check_tensors(layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
             what = other or f"there is no tensor {name}"
             raise BadFileError(f"{layout.where}: {what}; restore the file, or mend its configuration")
     tied = {"lm_head.weight", "output.weight"} if layout.config.tie_embeddings else set()
-    unused = [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]
-    if unused:
+    if unused := [name for name in left if name in tied or re.fullmatch(layout.family.buffers, name)]:
         note(f"{layout.where}: {len(unused)} tensors are computed here, such as {unused[0]!r}")
-    unknown = left.keys() - {*unused, *["rope_freqs.weight"] * layout.gguf}
-    if unknown:
+    if unknown := left.keys() - {*unused, *["rope_freqs.weight"] * layout.gguf}:
         what = f"{len(unknown)} tensors are unknown to {layout.family.model_type}, such as {min(unknown)!r}"
         raise BadFileError(f"{layout.where}: {what}; this model has parts that are not implemented")
 
@@ -148,11 +146,10 @@ def load_weights(layout: Layout, tensors: Mapping[str, StoredTensor], *, for_tra
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         name = parameter_name(path)
-        bare = re.sub(r"^layers\.(\d+\.)?", "", name)
-        numbered = re.match(r"layers\.(\d+)\.", name)
-        stacked = bare != name and not numbered
-        layers = range(layout.config.n_layers) if stacked else [int(numbered[1]) if numbered else None]
+        _, number, bare = re.split(r"^(?:layers\.)?(?:(\d+)\.)?", name)
         stored_name, place = place_of[bare]
+        stacked = for_training and "{}" in stored_name
+        layers = range(layout.config.n_layers) if stacked else [number]
         axes = attrgetter(bare.removesuffix(".kernel"))(block).kernel_axes if "kernel" in bare else place.row.axes
         read = (layout.read(tensors, stored_name, place, layer) for layer in layers)
         values = map(partial(np.einsum, f"{place.row.axes}->{axes}"), read)

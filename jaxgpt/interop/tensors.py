@@ -65,15 +65,15 @@ def in_parts(work: Callable[..., None], *arrays: np.ndarray) -> None:
 
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory, read when it is asked for. Raises BadFileError for what is damaged or hostile."""
-    if not (directory / _INDEX).exists():
+    if not (path := directory / _INDEX).exists():
         return _read_file(directory / _ONE)
-    index = read_json(directory / _INDEX, limit=_MAX_HEADER).get("weight_map")
+    index = read_json(path, limit=_MAX_HEADER).get("weight_map")
     if not isinstance(index, dict) or len(index) > MAX_TENSORS:
-        raise BadFileError(f"model {directory / _INDEX}: its weight_map is no table of names; fetch the file again")
+        raise BadFileError(f"model {path}: its weight_map is no table of names; fetch the file again")
     files = sorted({str(file) for file in index.values()})
     if bad := [file for file in files if not _SHARD.fullmatch(file)]:
         why = f"{bad[0]!r:.99} is no .safetensors file of this directory"
-        raise BadFileError(f"model {directory / _INDEX}: {why}; fetch the file again")
+        raise BadFileError(f"model {path}: {why}; fetch the file again")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         found = _read_file(directory / file)
@@ -125,11 +125,10 @@ def _size(kind: str, shape: Sequence) -> int:
 def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write tensors of the kinds F32, F16 and BF16 to one file, one in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    end = 0
     for name, tensor in tensors.items():
-        end = at + _size(tensor.kind, tensor.shape)
-        header[name] = {"dtype": tensor.kind, "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
+        begin, end = end, end + _size(tensor.kind, tensor.shape)
+        header[name] = {"dtype": tensor.kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     with open(directory / _ONE, "wb") as file:

@@ -84,10 +84,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def _json_of(tokenizer: SentencePieceTokenizer) -> bytes:
     """The tokenizer.json that cuts every text as a SentencePiece model does. But U+2581 in a text is a space, and of
     two ways that a unigram model likes equally it may take the other."""
-    pieces = list(tokenizer.pieces)
-    for i, kind in enumerate(tokenizer.kinds):
-        if kind == Kind.USER_DEFINED:  # which the library matches before spaces become U+2581
-            pieces[i] = pieces[i].replace(SPACE, " ")
+    both = zip(tokenizer.pieces, tokenizer.kinds, strict=True)
+    # User-defined ones the library matches before spaces become U+2581.
+    pieces = [piece.replace(SPACE, " ") if kind == Kind.USER_DEFINED else piece for piece, kind in both]
     scored = zip(pieces, tokenizer.scores, tokenizer.kinds, strict=True)
     unknown = tokenizer.kinds.index(Kind.UNKNOWN)
     if tokenizer.unigram:  # the library would find control and byte pieces in a text, were they not so unlikely
