@@ -321,6 +321,21 @@ def test_generate_takes_a_mesh(command: Callable[..., Any], finished: Path) -> N
     assert command("generate.py", *words, "--mesh.tensor", "2").out == one.out
 
 
+def test_generate_takes_a_draft(command: Callable[..., Any], finished: Path, tmp_path: Path) -> None:
+    words = ("--checkpoint", str(finished), "--prompt", "import ", "--max-new-tokens", "12", "--seed", "3")
+    alone = command("generate.py", *words)
+    assert command("generate.py", *words, "--draft", str(finished), "--speculate", "3").out == alone.out
+    assert command("jaxgpt", "convert", str(finished), str(tmp_path / "hf"), "--to", "hf").status == 0
+    path = tmp_path / "hf" / "tokenizer.json"
+    other = json.loads(path.read_text())
+    ids = other["model"]["vocab"]
+    one, two = [piece for piece in ids if len(piece) == 1][:2]
+    ids[one], ids[two] = ids[two], ids[one]
+    path.write_text(json.dumps(other))
+    outcome = command("generate.py", *words, "--draft", str(tmp_path / "hf"), "--speculate", "3")
+    assert outcome.status == 2 and "hf: its tokenizer is another one; take a smaller model" in outcome.error
+
+
 @pytest.mark.parametrize("words", ["--slots 0", "--slots 4097", "--speculate 65"])
 def test_generate_refuses_before_a_model_is_read(command: Callable[..., Any], words: str) -> None:
     outcome = command("generate.py", "--checkpoint", "nowhere", "--prompt", "x", *words.split())

@@ -109,18 +109,19 @@ def test_a_row_depends_on_its_prompt_seed_and_number_alone(mesh_of: Callable[...
         assert other_seed.text != first.text
 
 
-@pytest.mark.parametrize("speculate", [0, 3])
+@pytest.mark.parametrize(("speculate", "drafts"), [(0, False), (3, False), (3, True)])
 def test_two_hundred_requests_are_what_full_passes_give(
-    mesh_of: Callable[..., Any], tokenizer: Tokenizer, speculate: int
+    mesh_of: Callable[..., Any], tokenizer: Tokenizer, speculate: int, drafts: bool
 ) -> None:
     """Of all lengths, through five slots that are refilled; prompts over several chunks; in any order; a token or
-    several for each pass."""
+    several for each pass, which the text or another model brings."""
     random = np.random.default_rng(0)
     lengths, news = random.integers(1, 90, 200), random.integers(1, 30, 200)
     prompts = [random.integers(4, tokenizer.vocab_size, n).tolist() for n in lengths]
     with mesh_of():
         model = make_model(tokenizer, context_length=128, **MODERN)
-        engine = Engine(model, tokenizer, slots=5, speculate=speculate)
+        draft = make_model(tokenizer, context_length=128, n_layers=1) if drafts else None
+        engine = Engine(model, tokenizer, slots=5, speculate=speculate, draft=draft)
         params = [SamplingParams(max_new_tokens=int(n), temperature=0) for n in news]
         requests = [r for i in random.permutation(200) for r in engine.requests(prompts[i], params[i], int(i))]
         found = {p.request.tag: p.completion for p in engine.run(requests) if p.completion}
@@ -135,7 +136,10 @@ def test_two_hundred_requests_are_what_full_passes_give(
         assert done.token_ids == behind, i
         assert len(behind) == news[i] if done.finish_reason == "length" else behind[-1] == tokenizer.eos_id
     assert (0.65 if speculate else 0.75) < engine.used / engine.places <= 1
-    assert engine.used < engine.tokens if speculate else engine.used == engine.tokens, (engine.used, engine.tokens)
+    assert engine.used < engine.tokens or drafts if speculate else engine.used == engine.tokens, (
+        engine.used,
+        engine.tokens,
+    )
 
 
 @pytest.mark.slow
@@ -240,6 +244,34 @@ def test_guesses_change_no_text(mesh_of: Callable[..., Any], tokenizer: Tokenize
         before = guessing.used
         (one,) = guessing.generate(prompts[4:5], params[4])
         assert set(one.token_ids) == {40} and guessing.used - before == 6, "one pass to find it, then 8 tokens each"
+
+
+def test_a_draft_changes_no_text(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    """What it guesses is drawn by the same rules with the same random numbers: a draft that is the model is always
+    right, also over refilled slots and prompts of several chunks; one that is a little wrong sometimes."""
+    greedy, drawn = SamplingParams(33, temperature=0), SamplingParams(33, top_k=50, seed=4, num_samples=2)
+    repeats = SamplingParams(33, temperature=0.7, repetition_penalty=1.3, logit_bias=((40, 3.0),), min_new_tokens=20)
+    prompts, params = [*PROMPTS, "x" * 100], [greedy, drawn, replace(repeats, ignore_eos=True), greedy]
+    with mesh_of(data=2):
+        model = make_model(tokenizer, context_length=128, **MODERN)
+        near = jax.tree.map(lambda p: p + 0.05 * jnp.std(p), model)
+        plain = Engine(model, tokenizer, slots=2)
+        expected, passes = plain.generate(prompts, params), [plain.used]
+        for draft in (near, model):
+            engine = Engine(model, tokenizer, slots=2, speculate=3, draft=draft)
+            assert engine.generate(prompts, params) == expected
+            passes.append(engine.used)
+        assert passes[0] > passes[1] > passes[2]
+        before = engine.used
+        engine.generate(["x"], SamplingParams(24, seed=2, ignore_eos=True))
+        assert engine.used - before == 6, "never wrong: four tokens a pass"
+        other = make_model(tokenizer, context_length=64)
+        for given, message in (
+            ({"speculate": 3}, "draft: it has 400 tokens and a context of 64, this model 400 and 128; take one that"),
+            ({}, "draft: speculate, which says how many tokens it guesses, is 0; try 4"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                Engine(model, tokenizer, draft=other if given else model, **given)
 
 
 @pytest.mark.parametrize(
