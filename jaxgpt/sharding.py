@@ -72,10 +72,9 @@ def batch_parts() -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATION["B"])
 
 
-def place_batch(batch: PyTree) -> PyTree:
-    """Put a tree of this process's rows, [B, T] arrays of the host, on the devices of the current mesh."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), jax.P(ACTIVATION["B"], None))
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+def place(tree: Any, axes: str) -> Any:
+    """Put a tree of the host's arrays on the devices of the current mesh, cut as their letters say."""
+    return jax.device_put(tree, out_sharding(axes))
 
 
 def place_shapes(tree: PyTree) -> PyTree:

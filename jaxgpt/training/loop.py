@@ -27,7 +27,7 @@ from jaxgpt.model import parameter_count
 from jaxgpt.progress import Bar
 from jaxgpt.roofline import forward_flops_per_token, peak_flops
 from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_run
-from jaxgpt.sharding import check_divides, make_mesh, place_batch
+from jaxgpt.sharding import check_divides, make_mesh, place
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.metrics import MetricsLog, evaluate, evaluation_figures, step_figures
 from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
@@ -134,12 +134,12 @@ class Trainer:
         if start >= self.last:
             self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
-        step_function = self.compiled(state, place_batch(self.loader[start]))
+        step_function = self.compiled(state, place(self.loader[start], "BT"))
         batches = self.loader.iterate(start)
         unreported: tuple[int, Metrics] | None = None
         self.resumed = time.perf_counter()
         for step in range(start + 1, self.last + 1):
-            state, metrics = step_function(state, place_batch(next(batches)))
+            state, metrics = step_function(state, place(next(batches), "BT"))
             if unreported:
                 self.report(*unreported)
             self.checkpoints.wait(block=False)
