@@ -80,9 +80,5 @@ def place(tree: Any, axes: str) -> Any:
 def place_shapes(tree: PyTree) -> PyTree:
     """What `jax.eval_shape` gives, bound to the devices of the current mesh: a target to restore to or compile for."""
     mesh = jax.sharding.get_mesh()
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        where = getattr(getattr(leaf, "sharding", None), "spec", jax.P())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, where))
-
-    return jax.tree.map(place, tree)
+    where = lambda leaf: NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.update(sharding=where(leaf)), tree)
