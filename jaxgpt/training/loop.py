@@ -11,10 +11,11 @@ import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from jaxgpt.checkpoint import Checkpoints, restore_model
+from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch, EvalWindows, Loader
 from jaxgpt.data.prepare import prepare_corpora
@@ -101,14 +102,11 @@ class Trainer:
         if bytes_free < 2 * bytes_needed:
             why = f"{bytes_free / 1e9:.2f} GB are free, and two checkpoints need {2 * bytes_needed / 1e9:.2f} GB"
             raise StorageError(f"{self.config.run_path}: {why}; make room or choose another --run-dir")
-        if converted := self.checkpoints.steps() == [0]:
-            step, model, provenance = restore_model(self.config.run_path, abstract.model)
-            state = jax.jit(init_state, static_argnums=0)(self.config, model)
-        elif restored := self.checkpoints.restore(abstract.model, abstract.rest):
-            step, model, rest, provenance = restored
-            state = TrainState(model=model, **rest)
-        else:
-            return jax.jit(init_state, static_argnums=0)(self.config), 0
+        converted = self.checkpoints.steps() == [0]
+        new: Any = 0, None, {}, self.provenance
+        rest = {"step": abstract.step} if converted else abstract.rest
+        step, model, rest, provenance = self.checkpoints.restore(abstract.model, rest) or new
+        state = TrainState(model=model, **rest) if step else jax.jit(init_state, static_argnums=0)(self.config, model)
         for name in ("tokenizer_sha256",) if converted else ("tokenizer_sha256", "data"):
             if provenance[name] != self.provenance[name]:
                 why = f"its {name} has changed since step {step} was saved; restore what it was trained on"
