@@ -3,6 +3,7 @@
 What is computed is a pure function of the configuration and the data; the loop owns what is around it: files, signals,
 the terminal. Records are durable before the save of their step, so a killed and resumed run has the same ones."""
 
+import functools
 import math
 import os
 import shutil
@@ -31,7 +32,7 @@ from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_
 from jaxgpt.sharding import check_divides, make_mesh, place
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.metrics import MetricsLog, evaluate, evaluation_figures, step_figures
-from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
+from jaxgpt.training.step import Metrics, TrainState, eval_step, init_state, loss_options, make_train_step
 
 
 def train(config: TrainConfig) -> None:
@@ -67,7 +68,7 @@ class Trainer:
         data = [corpus.fingerprint for corpus in self.corpora]
         self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256, "data": data}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
-        self.eval_step, self.stopping = make_eval_step(self.config), False
+        self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(self.config)), False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:

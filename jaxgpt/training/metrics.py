@@ -93,7 +93,7 @@ def evaluation_figures(record: dict[str, Any], corpora: list[Corpus]) -> str:
 
 
 def evaluate(
-    step: jax.stages.Wrapped, model: Transformer, windows: EvalWindows, tokenizer: Tokenizer, stop: Callable[[], bool]
+    step: Callable[..., Array], model: Transformer, windows: EvalWindows, tokenizer: Tokenizer, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so. The bits are
     those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over

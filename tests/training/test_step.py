@@ -20,9 +20,9 @@ from jaxgpt.training import step as step_module
 from jaxgpt.training.step import (
     TrainState,
     batch_loss,
+    eval_step,
     init_state,
     loss_options,
-    make_eval_step,
     make_optimizer,
     make_train_step,
 )
@@ -281,7 +281,7 @@ def test_evaluation_sums_each_row(runner: Callable[..., Runner]) -> None:
     here, batch = runner(CONFIG, 1, 1, 1), batch_of()
     with here.context():
         model = here.first().model
-        rows_B = make_eval_step(CONFIG)(model, place(batch, "BT"))
+        rows_B = eval_step(model, place(batch, "BT"), loss_options(CONFIG))
     expected_B = (plain_nll(model, batch) * (batch.labels >= 0)).sum(1)
     np.testing.assert_allclose(rows_B, expected_B, rtol=1e-6)
 
