@@ -72,7 +72,7 @@ class Trainer:
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:
-        """Train from the newest checkpoint, or from the seed, to the last step."""
+        """Train from the newest checkpoint, or from the seed, to the last step, and print a sample."""
         state, start = self.first_state()
         with Bar("step", self.last, start) as self.bar, MetricsLog(self.config, start) as self.log, ExitStack() as undo:
             write_run(self.config, self.tokenizer, self.config.run_path)  # not before: a refused run keeps its own
@@ -84,8 +84,10 @@ class Trainer:
         if (saved := self.checkpoints.saved_step or 0) < self.last:
             why = f"the last step could not be saved, the newest is {saved}; make room and run the same command again"
             raise StorageError(f"{self.config.run_path}: {why}")
-        if self.config.training.sample_tokens:
-            self.sample(state)
+        if (training := self.config.training).sample_tokens:
+            params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
+            (completion,) = Engine(state.model, self.tokenizer, slots=1).generate([training.sample_prompt], params)
+            print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
 
     def handle_signal(self, *_: object) -> None:
         """The first Ctrl-C or SIGTERM asks for a stop, the second one leaves the process at once."""
@@ -212,9 +214,3 @@ class Trainer:
         self.bar.say(f"step {step}/{self.last}  {evaluation_figures(figures, self.corpora)}")
         self.log.write({"step": step, **figures})
         return True
-
-    def sample(self, state: TrainState) -> None:
-        training = self.config.training
-        params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
-        (completion,) = Engine(state.model, self.tokenizer, slots=1).generate([training.sample_prompt], params)
-        print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
