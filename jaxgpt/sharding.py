@@ -39,9 +39,12 @@ def shard(x: Array, axes: str) -> Array:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices. Raises ConfigError when the sizes do not fit them."""
-    count = len(devices) if devices is not None else jax.device_count()
+    """A mesh with axes data, fsdp and tensor over all devices, or over as many of `devices`, from the first on, as the
+    sizes ask for. Raises ConfigError when the sizes do not fit them."""
     sizes = [config.data, config.fsdp, config.tensor]
+    if devices is not None and -1 not in sizes:
+        devices = devices[: math.prod(sizes)]
+    count = len(devices) if devices is not None else jax.device_count()
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // abs(math.prod(sizes))
     asked = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"

@@ -70,7 +70,7 @@ class Generate(Output):
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:
-        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])), tempfile.TemporaryDirectory() as scratch:
+        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices())), tempfile.TemporaryDirectory() as scratch:
             trained = load_model(self.model, dtype=self.dtype)
             contenders = list(generations(trained))
             if self.against == "transformers":
