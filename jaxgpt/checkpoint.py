@@ -139,11 +139,11 @@ def _refuse_other_leaves(path: Path, stored: Json, wanted: Json) -> None:
             raise ConfigError(f"checkpoint {path} does not fit this configuration: {why}")
 
 
-def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The items that `targets` names, each a pytree like its target, and the metadata. Raises BadFileError for damage,
-    ConfigError for another format or a leaf that is not as in the target."""
+def _load(path: Path, *targets: Any) -> tuple[Any, ...]:
+    """As many of model and rest as there are targets, each a pytree like its own, and the metadata. Raises BadFileError
+    for damage, ConfigError for another format or a leaf that is not as in the target."""
     manifest = _read_manifest(path)
-    wanted = {item: _flatten(place_shapes(tree)) for item, tree in targets.items()}
+    wanted = {item: _flatten(place_shapes(tree)) for item, tree in zip(_PARTS, targets, strict=False)}
     for item, leaves in wanted.items():
         _refuse_other_leaves(path, manifest["leaves"][item], leaves)
     arguments = {item: ocp.args.StandardRestore(leaves) for item, leaves in wanted.items()}
@@ -152,25 +152,23 @@ def _load(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             restored: Json = reader.restore(path, args=ocp.args.Composite(**arguments))
     except Exception as error:  # a damaged file shows as one of a dozen types
         raise BadFileError(f"unreadable ({_one_line(error)})") from error
-    trees = {}
-    for item, target in targets.items():
+    trees = []
+    for item, target in zip(wanted, targets, strict=True):
         for name, described in _describe(restored[item]).items():
             if described != manifest["leaves"][item][name]:
                 raise BadFileError(f"leaf {name} of {item} has changed since it was saved")
-        trees[item] = jax.tree.unflatten(jax.tree.structure(target), [restored[item][name] for name in wanted[item]])
-    return trees, manifest["metadata"]
+        trees.append(jax.tree.unflatten(jax.tree.structure(target), [restored[item][name] for name in wanted[item]]))
+    return *trees, manifest["metadata"]
 
 
-def _newest_good(
-    directory: Path, targets: dict[str, Any], *, only: int | None = None, set_aside: bool = False
-) -> tuple[int, dict[str, Any], Any]:
-    """The newest step (or `only`) that restores exactly, its trees and metadata; a line for each that does not. Looks
+def _newest_good(directory: Path, *targets: Any, only: int | None = None, set_aside: bool = False) -> Any:
+    """The newest step (or `only`) that restores exactly, and what `_load` gives; a line for each that does not. Looks
     again after a failure: a trainer may have deleted that step and saved another. Raises BadFileError without any."""
     bad: dict[int, str] = {}
     while steps := [step for step in _steps(directory) if step not in bad and only in (None, step)]:
         path = directory / str(steps[-1])
         try:
-            trees, metadata = _load(path, targets)
+            found = _load(path, *targets)
         except BadFileError as error:
             if path.exists():  # otherwise a trainer has just deleted it
                 bad[steps[-1]] = str(error)
@@ -181,7 +179,7 @@ def _newest_good(
                 where = next(name for n in count() if not (name := directory / f"{damaged}.corrupt{n or ''}").exists())
                 os.rename(directory / str(damaged), where)
             note(f"checkpoint step {damaged} is damaged: {reason}; it is in {where}, using step {steps[-1]}")
-        return steps[-1], trees, metadata
+        return steps[-1], *found
     if not bad:
         wanted = "checkpoint" if only is None else f"checkpoint of step {only}"
         raise BadFileError(f"no {wanted} in {directory}; train first or choose one of steps {_steps(directory)}")
@@ -194,9 +192,7 @@ def restore_model(run_dir: Path, abstract_model: Any, step: int | None = None) -
     `abstract_model` is a pytree with shapes, dtypes and shardings (`jax.eval_shape`); it lands on the current mesh.
     Raises BadFileError when nothing can be restored, ConfigError when a leaf differs in name, shape or dtype."""
     _set_up_orbax()
-    directory = (run_dir / "checkpoints").absolute()
-    newest, trees, metadata = _newest_good(directory, {"model": abstract_model}, only=step)
-    return newest, trees["model"], metadata
+    return _newest_good((run_dir / "checkpoints").absolute(), abstract_model, only=step)
 
 
 class Checkpoints(contextlib.ExitStack):
@@ -263,9 +259,8 @@ class Checkpoints(contextlib.ExitStack):
         shape or dtype, BadFileError when no step is intact: then none is renamed, so that one can be repaired."""
         if not self.steps():
             return None
-        targets = {"model": abstract_model, "rest": abstract_rest}
-        self.saved_step, trees, metadata = _newest_good(self._directory, targets, set_aside=True)
-        return self.saved_step, trees["model"], trees["rest"], metadata
+        self.saved_step, *found = _newest_good(self._directory, abstract_model, abstract_rest, set_aside=True)
+        return self.saved_step, *found
 
     def _finish(self, step: int, writer: ocp.AsyncCheckpointer) -> None:
         """In the background: make the step durable, then delete what it makes superfluous."""

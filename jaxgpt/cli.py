@@ -118,7 +118,7 @@ class Compute:
         from jaxgpt.interop.load import load_model
         from jaxgpt.sharding import make_mesh
 
-        with jax.set_mesh(make_mesh(self.mesh, jax.devices()[: self.mesh.size])), kept_programs():
+        with jax.set_mesh(make_mesh(self.mesh, jax.devices())), kept_programs():
             yield load_model(path, step=step, dtype=self.dtype)
 
 
@@ -230,7 +230,7 @@ class Convert:
         from jaxgpt.interop.convert import compare, convert
         from jaxgpt.sharding import make_mesh
 
-        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices())):
             convert(self.source, self.target, self.to, self.dtype)
             print(f"wrote {self.target}")
             if self.check:

@@ -283,12 +283,6 @@ class MeshConfig(Section):
         legal = sizes.count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes)
         require(legal, f"mesh {sizes}: sizes must be at least 1, and one of them can be -1")
 
-    @property
-    def size(self) -> int | None:
-        """Devices in all; None when that is as many as there are."""
-        sizes = (self.data, self.fsdp, self.tensor)
-        return None if -1 in sizes else math.prod(sizes)
-
 
 @dataclass(frozen=True)
 class TrainConfig(Section):

@@ -39,9 +39,12 @@ def shard(x: Array, axes: str) -> Array:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices. Raises ConfigError when the sizes do not fit them."""
-    count = len(devices) if devices is not None else jax.device_count()
+    """A mesh with axes data, fsdp and tensor over all devices, or over as many of `devices`, from the first on, as the
+    sizes ask for. Raises ConfigError when the sizes do not fit them."""
     sizes = [config.data, config.fsdp, config.tensor]
+    if devices is not None and -1 not in sizes:
+        devices = devices[: math.prod(sizes)]
+    count = len(devices) if devices is not None else jax.device_count()
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // abs(math.prod(sizes))
     asked = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
@@ -72,18 +75,13 @@ def batch_parts() -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATION["B"])
 
 
-def place_batch(batch: PyTree) -> PyTree:
-    """Put a tree of this process's rows, [B, T] arrays of the host, on the devices of the current mesh."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), jax.P(ACTIVATION["B"], None))
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+def place(tree: Any, axes: str) -> Any:
+    """Put a tree of the host's arrays on the devices of the current mesh, cut as their letters say."""
+    return jax.device_put(tree, out_sharding(axes))
 
 
 def place_shapes(tree: PyTree) -> PyTree:
     """What `jax.eval_shape` gives, bound to the devices of the current mesh: a target to restore to or compile for."""
     mesh = jax.sharding.get_mesh()
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        where = getattr(getattr(leaf, "sharding", None), "spec", jax.P())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, where))
-
-    return jax.tree.map(place, tree)
+    where = lambda leaf: NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.update(sharding=where(leaf)), tree)

@@ -19,7 +19,7 @@ from jaxgpt.sharding import (
     check_divides,
     make_mesh,
     out_sharding,
-    place_batch,
+    place,
     place_shapes,
     shard,
 )
@@ -87,7 +87,7 @@ def test_a_step_keeps_the_cut_of_every_kind_of_parameter(mesh_of: Callable) -> N
     config = TrainConfig(model=MODEL, training=TrainingConfig(batch_size=8, accumulation_steps=2))
     with mesh_of(data=2, fsdp=2, tensor=2):
         before = jax.eval_shape(lambda: init_state(config))
-        batch = place_batch(Batch(*np.ones((4, 8, 8), np.int32)))
+        batch = place(Batch(*np.ones((4, 8, 8), np.int32)), "BT")
         after, _ = jax.eval_shape(make_train_step(config), before, batch)
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         assert old.sharding == new.sharding or old.ndim == 0, jax.tree_util.keystr(path)
@@ -96,7 +96,7 @@ def test_a_step_keeps_the_cut_of_every_kind_of_parameter(mesh_of: Callable) -> N
 def test_a_batch_is_cut_into_rows(mesh_of: Callable) -> None:
     rows = np.arange(32, dtype=np.int32).reshape(8, 4)
     with mesh_of(data=2, fsdp=2, tensor=2):
-        placed = place_batch({"tokens": rows})["tokens"]
+        placed = place({"tokens": rows}, "BT")["tokens"]
         assert batch_parts() == 4
     np.testing.assert_array_equal(placed, rows)
     begins = [piece.index[0].start or 0 for piece in placed.addressable_shards]

@@ -113,10 +113,9 @@ def _loss(s: Sizes) -> Operation:
         options = LossOptions(s.V, chunks=chunks)
         return lambda x, w, labels: linear_cross_entropy(x, w, labels, jnp.asarray(weights_BT), options)[0]
 
-    def with_optax(x_BTD: Array, w_VD: Array, labels_BT: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(output_logits(x_BTD, w_VD, None), labels_BT).mean()
-
-    implementations = {f"{n} chunks": chunked(n) for n in (8, 2, 1) if s.T % n == 0} | {"optax": with_optax}
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    implementations = {f"{n} chunks": chunked(n) for n in (8, 2, 1) if s.T % n == 0}
+    implementations["optax"] = lambda x, w, labels: losses(output_logits(x, w, None), labels).mean()
     inputs = _normal(s.B, s.T, s.D), _normal(s.V, s.D, std=s.D**-0.5), labels_BT
     return Operation("BTDV", inputs, (0, 1), 2 * s.B * s.T * s.D * s.V, oracle, implementations)
 
@@ -223,11 +222,10 @@ class Kernels(Output):
 def contenders(names: Sequence[str], sizes: Sizes, dtype: str, target: str = "") -> Iterator[Contender]:
     """Every implementation of the operations, ready to be timed, and what the oracle says. With a `target`, devices
     that are not here, such as v5e:2x2 or h100:1: whether each compiles for them."""
-    device = absent_devices(target)[0] if target else jax.local_devices()[0]
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    where = SingleDeviceSharding(absent_devices(target)[0] if target else jax.local_devices()[0])
     for title, run in _passes(names, sizes, dtype):
         title += f" for {target}" if target else ""
-        shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype), run.inputs)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), run.inputs)
         expected, turns = ([], iter(())) if target else (_expected(run), _turns(run.inputs))
         for implementation, function in run.implementations.items():
             try:

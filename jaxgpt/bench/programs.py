@@ -21,7 +21,7 @@ from jaxgpt.generation.sampling import SamplingParams
 from jaxgpt.interop.load import Dtype, load_model
 from jaxgpt.roofline import forward_flops_per_token, measured_bandwidth, peak_flops
 from jaxgpt.run import TrainedModel
-from jaxgpt.sharding import check_divides, make_mesh, place_batch
+from jaxgpt.sharding import check_divides, make_mesh, place
 from jaxgpt.training.step import TrainState, init_state, make_train_step
 
 _S = ModelConfig(n_layers=6, d_model=384, n_heads=6, context_length=256, vocab_size=512, scan_layers=False)
@@ -70,7 +70,7 @@ class Generate(Output):
     dtype: Dtype | None = None  # Arithmetic of a model that was not trained here. Default: float32.
 
     def run(self) -> None:
-        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])), tempfile.TemporaryDirectory() as scratch:
+        with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices())), tempfile.TemporaryDirectory() as scratch:
             trained = load_model(self.model, dtype=self.dtype)
             contenders = list(generations(trained))
             if self.against == "transformers":
@@ -93,7 +93,7 @@ def training_step(config: TrainConfig) -> Contender:
     """The compiled step."""
     batch = random_batch(config)
     state: TrainState = jax.jit(init_state, static_argnums=0)(config)
-    placed, began = place_batch(batch), time.perf_counter()
+    placed, began = place(batch, "BT"), time.perf_counter()
     step = make_train_step(config).lower(state, placed).compile()
     figures: Row = {"compile_s": time.perf_counter() - began, "tokens": batch.tokens.size}
     memory: Any = step.memory_analysis()

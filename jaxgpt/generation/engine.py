@@ -25,7 +25,7 @@ from jaxgpt.generation.beams import beam_search
 from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.sharding import batch_parts, out_sharding
+from jaxgpt.sharding import batch_parts, out_sharding, place
 from jaxgpt.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 8  # between two looks from the host: a stream moves at least this often
@@ -113,7 +113,7 @@ class _Forms:
 
     def __init__(self, vocabulary: int) -> None:
         self._begins: dict[int, int] = {}  # of each by its identity
-        self.next_NV = _put(np.zeros((1, vocabulary), np.int16), "__")
+        self.next_NV = place(np.zeros((1, vocabulary), np.int16), "__")
 
     def of(self, texts: dict[int, _Text], slots: int) -> Forms:
         forms = {slot: form for slot, text in texts.items() if (form := text.request.form) is not None}
@@ -124,9 +124,9 @@ class _Forms:
             rows = 2 ** math.ceil(math.log2(used))  # few sizes, each of which is compiled for
             table_NV = np.zeros((rows, self.next_NV.shape[1]), np.int16)
             table_NV[1:used] = np.concatenate(self._held)
-            self.next_NV = _put(table_NV, "__")
+            self.next_NV = place(table_NV, "__")
         begins = [self._begins[id(forms[slot])] if slot in forms else 0 for slot in range(slots)]
-        return self.next_NV, _put(np.array(begins, np.int32), "B")
+        return self.next_NV, place(np.array(begins, np.int32), "B")
 
 
 class Engine:
@@ -252,7 +252,7 @@ class Engine:
             slots = self._fit(slots, prompts, self._length(longest))
             slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
-            stopped = _put(np.array([slot not in texts for slot in range(self._slots)]), "B")
+            stopped = place(np.array([slot not in texts for slot in range(self._slots)]), "B")
             steps = np.int32(STEPS_PER_DISPATCH if unseen else 1)  # the first token as soon as it is there
             slots = decode(self._models, slots, forms.of(texts, self._slots), stopped, enough, steps, self._guesses)
             yield from unseen  # while the device computes
@@ -304,9 +304,9 @@ class Engine:
         for slot, (ids, params, ends, _, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
             rules[slot] = Rules.of(params, len(ids), context, ends, sample)
-        stacked = jax.tree.map(lambda *each: _put(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
-        new_B = _put(np.isin(np.arange(count), list(new)), "B")
-        slots = admit(slots, new_B, _put(tokens_BS, "BS"), stacked)
+        stacked = jax.tree.map(lambda *each: place(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
+        new_B = place(np.isin(np.arange(count), list(new)), "B")
+        slots = admit(slots, new_B, place(tokens_BS, "BS"), stacked)
         in_part = count // self._parts
         by_part = ([slot for slot in new if slot // in_part == part] for part in range(self._parts))
         for now in itertools.zip_longest(*by_part):
@@ -325,16 +325,11 @@ class Engine:
                 given = chosen_Q, chosen_Q if chunk else donors_Q, starts_Q + np.int32(chunk * CHUNK)
                 end = max(int(starts_Q.max()) + (chunk + 1) * CHUNK, 2 * _SHORTEST)
                 places = length >> max(math.floor(math.log2(length / end)), 0)  # few sizes, each is compiled for
-                which = tuple(_put(x, "B") for x in given)
-                slots = prefill(self._models, slots, which, CHUNK, places, bool(scored))
+                slots = prefill(self._models, slots, place(given, "B"), CHUNK, places, bool(scored))
             for _, slot in there:
                 # Longrope's keys depend on the end of the text too.
                 prompts[slot] = [] if any(each.rope_scaling == "longrope" for each in self._configs) else new[slot].ids
         return slots
-
-
-def _put(array: np.ndarray, axes: str) -> Array:
-    return jax.device_put(array, out_sharding(axes))
 
 
 def _quality(done: Completion) -> tuple[bool, float]:

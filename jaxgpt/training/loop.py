@@ -3,6 +3,7 @@
 What is computed is a pure function of the configuration and the data; the loop owns what is around it: files, signals,
 the terminal. Records are durable before the save of their step, so a killed and resumed run has the same ones."""
 
+import functools
 import math
 import os
 import shutil
@@ -11,10 +12,11 @@ import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from jaxgpt.checkpoint import Checkpoints, restore_model
+from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch, EvalWindows, Loader
 from jaxgpt.data.prepare import prepare_corpora
@@ -27,10 +29,10 @@ from jaxgpt.model import parameter_count
 from jaxgpt.progress import Bar
 from jaxgpt.roofline import forward_flops_per_token, peak_flops
 from jaxgpt.run import read_config, refuse_other_config, with_vocabulary, write_run
-from jaxgpt.sharding import check_divides, make_mesh, place_batch
+from jaxgpt.sharding import check_divides, make_mesh, place
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.metrics import MetricsLog, evaluate, evaluation_figures, step_figures
-from jaxgpt.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
+from jaxgpt.training.step import Metrics, TrainState, eval_step, init_state, loss_options, make_train_step
 
 
 def train(config: TrainConfig) -> None:
@@ -66,11 +68,11 @@ class Trainer:
         data = [corpus.fingerprint for corpus in self.corpora]
         self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256, "data": data}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
-        self.eval_step, self.stopping = make_eval_step(self.config), False
+        self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(self.config)), False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:
-        """Train from the newest checkpoint, or from the seed, to the last step."""
+        """Train from the newest checkpoint, or from the seed, to the last step, and print a sample."""
         state, start = self.first_state()
         with Bar("step", self.last, start) as self.bar, MetricsLog(self.config, start) as self.log, ExitStack() as undo:
             write_run(self.config, self.tokenizer, self.config.run_path)  # not before: a refused run keeps its own
@@ -82,8 +84,10 @@ class Trainer:
         if (saved := self.checkpoints.saved_step or 0) < self.last:
             why = f"the last step could not be saved, the newest is {saved}; make room and run the same command again"
             raise StorageError(f"{self.config.run_path}: {why}")
-        if self.config.training.sample_tokens:
-            self.sample(state)
+        if (training := self.config.training).sample_tokens:
+            params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
+            (completion,) = Engine(state.model, self.tokenizer, slots=1).generate([training.sample_prompt], params)
+            print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)
 
     def handle_signal(self, *_: object) -> None:
         """The first Ctrl-C or SIGTERM asks for a stop, the second one leaves the process at once."""
@@ -101,14 +105,11 @@ class Trainer:
         if bytes_free < 2 * bytes_needed:
             why = f"{bytes_free / 1e9:.2f} GB are free, and two checkpoints need {2 * bytes_needed / 1e9:.2f} GB"
             raise StorageError(f"{self.config.run_path}: {why}; make room or choose another --run-dir")
-        if converted := self.checkpoints.steps() == [0]:
-            step, model, provenance = restore_model(self.config.run_path, abstract.model)
-            state = jax.jit(init_state, static_argnums=0)(self.config, model)
-        elif restored := self.checkpoints.restore(abstract.model, abstract.rest):
-            step, model, rest, provenance = restored
-            state = TrainState(model=model, **rest)
-        else:
-            return jax.jit(init_state, static_argnums=0)(self.config), 0
+        converted = self.checkpoints.steps() == [0]
+        new: Any = 0, None, {}, self.provenance
+        rest = {"step": abstract.step} if converted else abstract.rest
+        step, model, rest, provenance = self.checkpoints.restore(abstract.model, rest) or new
+        state = TrainState(model=model, **rest) if step else jax.jit(init_state, static_argnums=0)(self.config, model)
         for name in ("tokenizer_sha256",) if converted else ("tokenizer_sha256", "data"):
             if provenance[name] != self.provenance[name]:
                 why = f"its {name} has changed since step {step} was saved; restore what it was trained on"
@@ -134,12 +135,12 @@ class Trainer:
         if start >= self.last:
             self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
-        step_function = self.compiled(state, place_batch(self.loader[start]))
+        step_function = self.compiled(state, place(self.loader[start], "BT"))
         batches = self.loader.iterate(start)
         unreported: tuple[int, Metrics] | None = None
         self.resumed = time.perf_counter()
         for step in range(start + 1, self.last + 1):
-            state, metrics = step_function(state, place_batch(next(batches)))
+            state, metrics = step_function(state, place(next(batches), "BT"))
             if unreported:
                 self.report(*unreported)
             self.checkpoints.wait(block=False)
@@ -213,9 +214,3 @@ class Trainer:
         self.bar.say(f"step {step}/{self.last}  {evaluation_figures(figures, self.corpora)}")
         self.log.write({"step": step, **figures})
         return True
-
-    def sample(self, state: TrainState) -> None:
-        training = self.config.training
-        params = SamplingParams(training.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=training.seed)
-        (completion,) = Engine(state.model, self.tokenizer, slots=1).generate([training.sample_prompt], params)
-        print(f"a sample:\n{training.sample_prompt}{completion.text}", flush=True)

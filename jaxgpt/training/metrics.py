@@ -25,7 +25,7 @@ from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.files import append, write_atomically
 from jaxgpt.model import Transformer
-from jaxgpt.sharding import place_batch
+from jaxgpt.sharding import place
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -93,7 +93,7 @@ def evaluation_figures(record: dict[str, Any], corpora: list[Corpus]) -> str:
 
 
 def evaluate(
-    step: jax.stages.Wrapped, model: Transformer, windows: EvalWindows, tokenizer: Tokenizer, stop: Callable[[], bool]
+    step: Callable[..., Array], model: Transformer, windows: EvalWindows, tokenizer: Tokenizer, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so. The bits are
     those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over
@@ -107,7 +107,7 @@ def evaluate(
         real = batch.labels >= 0
         byte_counts = np.where(real, lengths[batch.labels], 0).sum(1)
         jax.block_until_ready(batches[-1:])  # the one before, which ran while this one was read
-        batches.append((step(model, place_batch(batch)), real.sum(1), byte_counts))
+        batches.append((step(model, place(batch, "BT")), real.sum(1), byte_counts))
     nats, tokens, sizes = (np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True))
     rows, bits = np.count_nonzero(sizes), nats.sum() / math.log(2) / sizes.sum()
     spread = np.square(nats / math.log(2) - bits * sizes).sum() * rows / max(rows - 1, 1)

@@ -17,7 +17,7 @@ from jaxgpt.cli import dispatch
 from jaxgpt.config import ModelConfig, TrainConfig, TrainingConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import Transformer
-from jaxgpt.sharding import make_mesh, place_batch
+from jaxgpt.sharding import make_mesh, place
 from jaxgpt.training.step import batch_loss, loss_options
 
 MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=32, vocab_size=61)
@@ -124,7 +124,7 @@ def test_the_torch_peer_computes_the_same_loss(mesh_of: Callable[..., Any]) -> N
     batch = random_batch(CONFIG)
     with mesh_of():
         model = Transformer(MODEL, jax.random.key(0))
-        placed = place_batch(batch)
+        placed = place(batch, "BT")
         ours = float(batch_loss(model, placed, placed.labels * 0 + 1 / placed.labels.size, loss_options(CONFIG))[0])
     peer, flat = peers.gpt2(MODEL), lambda p: torch.from_numpy(np.array(p[...]).reshape(p.shape[0], -1))
     with torch.no_grad():

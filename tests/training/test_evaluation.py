@@ -1,5 +1,6 @@
 """Evaluation against a slow one: one document at a time, in float64, over the bytes of the text itself."""
 
+import functools
 import gzip
 import json
 import math
@@ -21,7 +22,7 @@ from jaxgpt.model import Transformer
 from jaxgpt.run import load_run, read_config
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.metrics import evaluate, evaluation_figures
-from jaxgpt.training.step import make_eval_step
+from jaxgpt.training.step import eval_step, loss_options
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -43,7 +44,7 @@ class Case:
     def evaluate(self, mesh_of: Callable[..., Any], *sizes: int, batches: int = 0) -> dict[str, float]:
         with mesh_of(*sizes):
             model = load_run(self.run_dir).model
-            step = make_eval_step(self.config)
+            step = functools.partial(eval_step, options=loss_options(self.config))
             figures = evaluate(step, model, self.windows(batches), self.tokenizer, lambda: False)
         assert figures is not None
         return figures
@@ -172,7 +173,8 @@ def test_a_stop_leaves_no_half_figures(case: Case, mesh_of: Callable[..., Any]) 
 
     with mesh_of():
         model = load_run(case.run_dir).model
-        assert evaluate(make_eval_step(case.config), model, case.windows(), case.tokenizer, stop) is None
+        step = functools.partial(eval_step, options=loss_options(case.config))
+        assert evaluate(step, model, case.windows(), case.tokenizer, stop) is None
     assert len(asked) == 3
 
 

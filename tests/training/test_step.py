@@ -15,14 +15,14 @@ from jaxgpt.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingCon
 from jaxgpt.data.loader import Batch, make_batch
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.model import Transformer, parameter_name
-from jaxgpt.sharding import place_batch, place_shapes
+from jaxgpt.sharding import place, place_shapes
 from jaxgpt.training import step as step_module
 from jaxgpt.training.step import (
     TrainState,
     batch_loss,
+    eval_step,
     init_state,
     loss_options,
-    make_eval_step,
     make_optimizer,
     make_train_step,
 )
@@ -75,7 +75,7 @@ class Runner:
         state, history = state or self.first(), []
         with self.context():
             for batch in batches:
-                state, metrics = self.step(state, place_batch(batch))
+                state, metrics = self.step(state, place(batch, "BT"))
                 history.append(jax.device_get(metrics))
         return state, history
 
@@ -150,7 +150,7 @@ def one_update_by_each_rule(mesh_of: Callable, *sizes: int) -> tuple[dict[str, n
     with mesh_of(*sizes):
         shapes = place_shapes(jax.eval_shape(lambda: init_state(CONFIG).model))
         model = placed(first_state(CONFIG).model, shapes)
-        gradients, updated = jax.device_get(jax.jit(updates)(model, place_batch(batch_of())))
+        gradients, updated = jax.device_get(jax.jit(updates)(model, place(batch_of(), "BT")))
     by_name = lambda tree: {parameter_name(path): p for path, p in jax.tree_util.tree_leaves_with_path(tree)}  # noqa: E731
     return by_name(gradients), {name: by_name(tree) for name, tree in updated.items()}
 
@@ -244,7 +244,7 @@ def test_one_compilation_serves_all_steps_and_the_state_is_donated(
         assert_near(state, first_state(CONFIG), relative=1e-6, absolute=0)
         for seed in range(3):
             before = jax.tree.leaves(state)
-            state, _ = here.step(state, place_batch(batch_of(seed)))
+            state, _ = here.step(state, place(batch_of(seed), "BT"))
             assert all(leaf.is_deleted() for leaf in before)
         assert here.step._cache_size() == 1
         assert state.step == 3
@@ -281,7 +281,7 @@ def test_evaluation_sums_each_row(runner: Callable[..., Runner]) -> None:
     here, batch = runner(CONFIG, 1, 1, 1), batch_of()
     with here.context():
         model = here.first().model
-        rows_B = make_eval_step(CONFIG)(model, place_batch(batch))
+        rows_B = eval_step(model, place(batch, "BT"), loss_options(CONFIG))
     expected_B = (plain_nll(model, batch) * (batch.labels >= 0)).sum(1)
     np.testing.assert_allclose(rows_B, expected_B, rtol=1e-6)
 
