@@ -145,6 +145,7 @@ class Generate(Compute):
             value = getattr(self, name)
             require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
         from jaxgpt.generation.engine import Engine
+        from jaxgpt.interop.load import load_model
 
         if self.input and self.output:
             from jaxgpt.generation.batch import Job
@@ -154,7 +155,10 @@ class Generate(Compute):
             job = Job(self.input, self.output, self.sampling, self.format == "text", (int(shard[1]), int(shard[2])))
         with self.load(self.checkpoint, self.step) as trained:
             slots = self.slots if self.input else self.sampling.best_of or self.sampling.num_samples
-            engine = Engine(trained.model, trained.tokenizer, slots, self.speculate, self._draft(trained))
+            draft = load_model(self.draft, dtype=self.dtype) if self.draft else None
+            same = draft is None or draft.tokenizer.token_bytes == trained.tokenizer.token_bytes
+            require(same, f"draft {self.draft}: its tokenizer is another one; take a smaller model of the same family")
+            engine = Engine(trained.model, trained.tokenizer, slots, self.speculate, draft and draft.model)
             if not self.input:
                 return self._continue(engine)
             from jaxgpt.checkpoint import fingerprint
@@ -162,16 +166,6 @@ class Generate(Compute):
 
             named = trained.config, trained.tokenizer.sha256, fingerprint(trained.model), self.speculate, self.slots
             job.run(engine, lambda said: encode_chat(trained.tokenizer, said), " ".join(map(str, named)))
-
-    def _draft(self, trained: Any) -> Any:
-        if self.draft is None:
-            return None
-        from jaxgpt.interop.load import load_model
-
-        found = load_model(self.draft, dtype=self.dtype)
-        same = found.tokenizer.token_bytes == trained.tokenizer.token_bytes
-        require(same, f"draft {self.draft}: its tokenizer is another one; take a smaller model of the same family")
-        return found.model
 
     def _continue(self, engine: Any) -> None:
         """Print the first sample as it comes, the others, which come at the same time, behind it."""

@@ -25,6 +25,8 @@ Forms = tuple[Array, Array]
 # Log-probabilities of tokens, ids of the N most probable ones at their places, and those of these ids.
 Recorded = tuple[Array, Array, Array]
 Models = tuple[Transformer, ...]  # the one that writes, and behind it a smaller one where that is to guess
+_read = jax.vmap(lambda row, places: row.at[places].get(mode="clip"))
+_write = jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))  # what is beyond a row is left out
 
 
 class Slots(NamedTuple):
@@ -109,7 +111,7 @@ def prefill(models: Models, slots: Slots, which: tuple[Array, ...], chunk: int, 
         return whole.reshape(old.shape, out_sharding=jax.typeof(old).sharding.spec)
 
     places_QC = starts_Q[:, None] + jnp.arange(chunk + 1)[None]
-    read_QC = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(take(slots.tokens_BS, chosen_Q), places_QC)
+    read_QC = _read(take(slots.tokens_BS, chosen_Q), places_QC)
     tokens_QC, labels_QC, places_QC = read_QC[:, :-1], read_QC[:, 1:], places_QC[:, :-1]
     missing = places_QC >= (take(slots.lengths_B, chosen_Q) - 1)[:, None]  # the last token is left to `decode`
     positions_QC = jnp.where(missing, slots.tokens_BS.shape[1], places_QC)  # which is not written
@@ -123,8 +125,8 @@ def prefill(models: Models, slots: Slots, which: tuple[Array, ...], chunk: int, 
     if score:  # a program of its own: the last layer's products, but for its keys and values, are for this alone
         of_each = jax.vmap(functools.partial(_log_probabilities, count=recorded[1].shape[-1]))
         told = of_each(models[0].logits(read[0][0]), labels_QC)
-        write = jax.vmap(lambda row, places, values: row.at[places + 1].set(values, mode="drop"))
-        recorded = jax.tree.map(lambda x, new: put(x, write(take(x, chosen_Q), positions_QC, new)), recorded, told)
+        written = lambda x, new: put(x, _write(take(x, chosen_Q), positions_QC + 1, new))  # noqa: E731
+        recorded = jax.tree.map(written, recorded, told)
     caches = jax.tree.map(put, slots.caches, tuple(cache for _, cache, _ in read))
     return slots._replace(caches=caches, recorded=recorded)
 
@@ -155,7 +157,7 @@ def decode(
         tokens_BT = jax.vmap(functools.partial(_guess, count=guesses))(slots.tokens_BS, slots.lengths_B)
         drafted: tuple[Cache, ...] = ()
         if drafts:
-            tokens_BT, drafted = _draft(drafts[0], slots, guesses)
+            tokens_BT, drafted = _draft(drafts[0], slots, tokens_BT[:, :1], guesses)
         places_BT = jnp.maximum(slots.lengths_B - 1, 0)[:, None] + jnp.arange(1 + guesses)[None]
         x_BTD, cache, _ = model(tokens_BT, places_BT, cache=slots.caches[0], lengths_B=slots.rules.end)
         assert cache is not None
@@ -180,24 +182,22 @@ def decode(
     return jax.lax.while_loop(go_on, step, slots)
 
 
-def _draft(model: Transformer, slots: Slots, count: int) -> tuple[Array, tuple[Cache, ...]]:
+def _draft(model: Transformer, slots: Slots, newest_B1: Array, count: int) -> tuple[Array, tuple[Cache, ...]]:
     """The newest tokens, and behind them what a smaller model chooses by the same rules and random numbers
     (arXiv:2211.17192, with guesses that are right or wrong, not weighed); and its cache."""
 
     def further(carry: tuple, nothing: None) -> tuple[tuple, Array]:
         tokens_BS, lengths_B, cache = carry
         places_BT = lengths_B[:, None] + jnp.arange(-2, 0)[None]  # it has not read the last token of its last guess
-        tokens_BT = jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(tokens_BS, jnp.maximum(places_BT, 0))
+        tokens_BT = _read(tokens_BS, jnp.maximum(places_BT, 0))
         places_BT = jnp.where(places_BT < 0, tokens_BS.shape[1], places_BT)  # which is not written
         x_BTD, cache, _ = model(tokens_BT, places_BT, cache=cache, lengths_B=slots.rules.end)
         token_B = choose(model.logits(x_BTD[:, 1:])[:, 0], slots.rules, tokens_BS, lengths_B)
-        put = jax.vmap(lambda row, place, token: row.at[place].set(token, mode="drop"))
-        return (put(tokens_BS, lengths_B, token_B), lengths_B + 1, cache), token_B
+        return (_write(tokens_BS, lengths_B, token_B), lengths_B + 1, cache), token_B
 
     begin = slots.tokens_BS, slots.lengths_B, slots.caches[1]
     (*_, cache), guessed_GB = jax.lax.scan(further, begin, length=count)
-    newest_B1 = jax.vmap(lambda row, length: row.at[length - 1].get(mode="clip"))(slots.tokens_BS, slots.lengths_B)
-    return jnp.concatenate([newest_B1[:, None], guessed_GB.T], 1), (cache,)
+    return jnp.concatenate([newest_B1, guessed_GB.T], 1), (cache,)
 
 
 def _guess(tokens_S: Array, length: Array, count: int) -> Array:
@@ -229,18 +229,16 @@ def _append(forms: Forms, carry: tuple[Slots, Array], inputs: tuple[Array, Array
     live_B = going_B & ~failed_B
     place_B = jnp.where(live_B, slots.lengths_B, slots.tokens_BS.shape[1])  # else it is not written
 
-    def write(x: Array, new: Array) -> Array:
-        return jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))(x, place_B, new)
-
     def record(old: Recorded) -> Recorded:
-        return jax.tree.map(write, old, _log_probabilities(logits_BV, token_B, old[1].shape[-1]))
+        new = _log_probabilities(logits_BV, token_B, old[1].shape[-1])
+        return jax.tree.map(lambda x, value: _write(x, place_B, value), old, new)
 
     recorded = jax.lax.cond((live_B & rules.logprobs).any(), record, lambda old: old, recorded)
     lengths_B = slots.lengths_B + live_B
     ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
     done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
     slots = slots._replace(
-        tokens_BS=write(slots.tokens_BS, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
+        tokens_BS=_write(slots.tokens_BS, place_B, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
         states_B=jnp.where(live_B, next_B, slots.states_B), failed_B=slots.failed_B | failed_B,
     )  # fmt: skip
     return slots, live_B & ~done_B & (token_B == expected_B)

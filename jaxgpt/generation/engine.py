@@ -21,7 +21,6 @@ from jax import Array
 
 from jaxgpt.errors import ConfigError, require
 from jaxgpt.generation.automaton import token_table
-from jaxgpt.generation.beams import beam_search
 from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
@@ -102,10 +101,8 @@ class _Text:
 
 def _shared(ids: list[int], other: list[int]) -> int:
     """Tokens, in whole chunks, that two prompts begin with; their last tokens are not in the cache."""
-    most, begin = min(len(ids), len(other)) - 1, 0
-    while begin + CHUNK <= most and ids[begin : begin + CHUNK] == other[begin : begin + CHUNK]:
-        begin += CHUNK
-    return begin
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], other[:-1], strict=False))
+    return sum(1 for _ in same) // CHUNK * CHUNK
 
 
 class _Forms:
@@ -189,8 +186,7 @@ class Engine:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
-        """One for each sample of a prompt, or for all that a search gives. Raises ConfigError, naming it, for what this
-        model cannot take."""
+        """One for each sample of a prompt. Raises ConfigError, naming it, for what this model cannot take."""
         ids, context = self._ids(prompt), self._configs[0].context_length
         vocabulary = self._configs[0].vocab_size or 0
         require(bool(ids), "the prompt is empty, and this model has no token that begins a text; give it some text")
@@ -206,17 +202,14 @@ class Engine:
             self.truncated += 1
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
-        fits = params.beam_width <= vocabulary and not params.beam_width % self._parts
-        require(fits, f"beam_width is {params.beam_width}: it must be a multiple of {self._parts}, up to {vocabulary}")
         require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
         ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
         require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
         regex, schema = "|".join(map(re.escape, params.choice)) or params.regex, params.json_schema
         form = token_table(regex, schema, self._spelt, ends) if regex or schema else None
         params = replace(params, logprobs=params.logprobs or 0) if params.best_of else params
-        few = 1 if params.beam_width else params.best_of or params.num_samples
-        each = [params, *[replace(params, prompt_logprobs=None)] * (few - 1)]  # one scores the prompt
-        return [Request(ids, own, ends, form, sample, tag) for sample, own in enumerate(each)]
+        others = [replace(params, prompt_logprobs=None)] * ((params.best_of or params.num_samples) - 1)  # one scores it
+        return [Request(ids, own, ends, form, sample, tag) for sample, own in enumerate([params, *others])]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them. With
@@ -241,15 +234,10 @@ class Engine:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
             exhausted = len(new) < len(free)
-            for slot in [slot for slot, each in new.items() if each.params.beam_width]:
-                yield from self._search(new.pop(slot))
             texts |= {slot: _Text(each, self._tokenizer) for slot, each in new.items()}
-            if not texts and exhausted:
-                break
             if not texts:
-                continue
-            longest = max(text.length for text in texts.values()) + STEPS_PER_DISPATCH * (1 + self._guesses)
-            slots = self._fit(slots, prompts, self._length(longest))
+                break
+            slots = self._fit(slots, prompts, texts)
             slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
             stopped = place(np.array([slot not in texts for slot in range(self._slots)]), "B")
@@ -272,24 +260,10 @@ class Engine:
         self._kept = slots, prompts
         yield from unseen
 
-    def _search(self, request: Request) -> Iterator[Progress]:
-        """The best that beam search finds, in slots of its own, where nothing is guessed."""
-        (ids, params, *_), beams = request, request.params.beam_width
-        slots = empty_slots(self._configs, beams, self._length(len(ids) + params.max_new_tokens))
-        slots = self._fill(slots, [[]] * beams, {0: request})
-        found = beam_search(self._models[0], slots, np.float32(params.length_penalty))
-        texts_BS, lengths, failed = jax.device_get(found)
-        for sample in range(params.num_samples):
-            text = _Text(request._replace(sample=sample), self._tokenizer)
-            yield text.push(texts_BS[sample], int(lengths[sample]), True, bool(failed))
-            self.tokens += text.length - len(ids)
-
-    def _length(self, longest: int) -> int:
-        """Places for texts of up to `longest` tokens: of few sizes, for each of which programs are compiled."""
-        power = 2 ** math.ceil(math.log2(max(longest, _SHORTEST)))
-        return min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
-
-    def _fit(self, slots: Slots | None, prompts: list[list[int]], length: int) -> Slots:
+    def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
+        longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH * (1 + self._guesses) for text in texts.values()))
+        power = 2 ** math.ceil(math.log2(longest))
+        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
         if slots is None:
             return empty_slots(self._configs, self._slots, length)
         if length <= slots.tokens_BS.shape[1] <= 4 * length:  # what prompts begin with stays when texts get shorter
@@ -299,15 +273,14 @@ class Engine:
 
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
         length, context = slots.tokens_BS.shape[1], self._configs[0].context_length
-        count = len(prompts)
-        tokens_BS, rules = np.zeros((count, length), np.int32), [NO_RULES] * count
+        tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
         for slot, (ids, params, ends, _, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
             rules[slot] = Rules.of(params, len(ids), context, ends, sample)
         stacked = jax.tree.map(lambda *each: place(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
-        new_B = place(np.isin(np.arange(count), list(new)), "B")
+        new_B = place(np.isin(np.arange(self._slots), list(new)), "B")
         slots = admit(slots, new_B, place(tokens_BS, "BS"), stacked)
-        in_part = count // self._parts
+        in_part = self._slots // self._parts
         by_part = ([slot for slot in new if slot // in_part == part] for part in range(self._parts))
         for now in itertools.zip_longest(*by_part):
             chosen_Q, donors_Q, starts_Q = (np.full(self._parts, n, np.int32) for n in (in_part, 0, 0))

@@ -166,7 +166,7 @@ def test_prompts_that_begin_alike_share_keys_and_values(
         engine = Engine(make_model(tokenizer, context_length=768, **MODERN), tokenizer)
         alone = []
         for prompt, own in zip(prompts, params, strict=True):
-            fresh = Engine(engine._model, tokenizer)
+            fresh = Engine(engine._models[0], tokenizer)
             alone += fresh.generate([prompt], own)
             assert fresh.reused == 0
         monkeypatch.setattr("jaxgpt.generation.engine.prefill", counted)
@@ -333,6 +333,21 @@ def test_log_probabilities_of_a_prompt_are_the_model_s(mesh_of: Callable[..., An
         assert told is not None and next(iter(told)) == token
         assert told.keys() == {token, *np.argsort(-row)[:2].tolist()}
         np.testing.assert_allclose(list(told.values()), row[list(told)], atol=1e-3)
+
+
+def test_the_best_of_several_have_the_highest_mean(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    params = SamplingParams(12, temperature=1.5, seed=5, num_samples=6, logprobs=0)
+    with mesh_of():
+        engine = Engine(make_model(tokenizer), tokenizer)
+        every = engine.generate(["def f("], params)
+        best = engine.generate(["x", "def f("], replace(params, num_samples=2, best_of=6, logprobs=None))
+        streamed = list(engine.stream("def f(", replace(params, num_samples=2, best_of=6, logprobs=None)))
+    means = [np.mean(each.logprobs or []) for each in every]
+    expected = [every[i] for i in np.argsort(means)[::-1][:2]]
+    assert len(best) == 4 and best[2:] == expected
+    assert streamed == [(0, expected[0].text), (1, expected[1].text)]
+    with pytest.raises(ConfigError, match="best_of is 2: it must be between 3 and 1024"):
+        SamplingParams(num_samples=3, best_of=2)
 
 
 def test_stop_texts_end_a_completion_where_they_begin(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:

@@ -179,7 +179,7 @@ class FakeEngine(Engine):
 
     def __init__(self, tokenizer: Tokenizer, context: int, answers: list[list[str | BaseException]]) -> None:
         config = ModelConfig(context_length=context, vocab_size=tokenizer.vocab_size)
-        self._model = SimpleNamespace(config=config)  # type: ignore[assignment]
+        self._configs = (config,)
         self._tokenizer, self.answers, self.asked = tokenizer, answers, list[str]()
 
     def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:
