@@ -75,9 +75,9 @@ def abstract_batch(config: TrainConfig) -> Batch:
     return abstract(lambda: Batch(*(shard(jnp.zeros(shape, jnp.int32), "BT") for _ in Batch._fields)))
 
 
-def abstract_slots(config: ModelConfig) -> Slots:
-    """ROWS texts of up to the context's length."""
-    return abstract(lambda: empty_slots(config, ROWS, config.context_length))
+def abstract_slots(config: ModelConfig, models: int = 1) -> Slots:
+    """ROWS texts of up to the context's length, for as many models of that kind."""
+    return abstract(lambda: empty_slots((config,) * models, ROWS, config.context_length))
 
 
 def abstract_forms(config: ModelConfig) -> Forms:
@@ -181,13 +181,20 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
         model = abstract(lambda: Transformer(config, jax.random.key(0)).unstacked())
         slots = abstract_slots(config)
         filled = compile_and_note(
-            preset, mesh, "prefill", prefill.lower(model, slots, abstract_chosen(), CHUNK, config.context_length, False)
+            preset,
+            mesh,
+            "prefill",
+            prefill.lower((model,), slots, abstract_chosen(), CHUNK, config.context_length, False),
         )
         forms, stopped, enough = abstract_forms(config), slots.done_B, abstract(lambda: jnp.int32(0))
         program = compile_and_note(
-            preset, mesh, "decode", decode.lower(model, slots, forms, stopped, enough, STEPS_PER_DISPATCH)
+            preset, mesh, "decode", decode.lower((model,), slots, forms, stopped, enough, STEPS_PER_DISPATCH)
         )
-    assert chip_bytes(slots.cache) == whole_bytes(slots.cache) / 4, "cut by rows, or by rows and heads"
+        two = abstract_slots(config, 2)
+        drafted = decode.lower((model, model), two, forms, stopped, enough, STEPS_PER_DISPATCH, 3).compile()
+    assert whole_bytes(two.caches) == 2 * whole_bytes(slots.caches)
+    assert_same_places(two, drafted.output_shardings)
+    assert chip_bytes(slots.caches) == whole_bytes(slots.caches) / 4, "cut by rows, or by rows and heads"
     assert_stored(program, model, slots)
     for each in (filled, program):
         assert chip_bytes(slots) <= each.aliased <= each.outputs, "the new cache must take the old one's place"
