@@ -263,7 +263,7 @@ def test_a_draft_changes_no_text(mesh_of: Callable[..., Any], tokenizer: Tokeniz
             passes.append(engine.used)
         assert passes[0] > passes[1] > passes[2]
         before = engine.used
-        engine.generate(["x"], SamplingParams(24, seed=2, ignore_eos=True))
+        engine.generate([PROMPTS[2] * 2], SamplingParams(24, seed=2, ignore_eos=True))
         assert engine.used - before == 6, "never wrong: four tokens a pass"
         other = make_model(tokenizer, context_length=64)
         for given, message in (
