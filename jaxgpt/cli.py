@@ -134,14 +134,14 @@ class Generate(Compute):
     shard: str = "0/1"  # I/N answers the I-th of N equal parts of the input; `cat` joins the outputs.
     slots: int = 8  # Lines that are answered at the same time. The answers are the same but for rounding.
     speculate: int = 0  # Tokens to guess at a time from what a text repeats: faster, same but for rounding (try 7).
-    draft: Path | None = None  # A smaller model with the same tokenizer, which guesses instead.
+    draft: Path | None = None  # A model that guesses instead: same tokenizer and vocabulary size, no shorter context.
     step: int | None = None  # Checkpoint of a run to use. Default: the newest intact one.
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
     def run(self) -> None:
         if (self.input is None) != (self.output is None) or (self.input and self.prompt):
             raise ConfigError("generate: give --prompt, or --input with --output")
-        for name, least, most in (("slots", 1, 4096), ("speculate", 0, 64)):  # as an Engine does, which comes late
+        for name, least, most in (("slots", 1, 4096), ("speculate", int(bool(self.draft)), 64)):  # an Engine comes late
             value = getattr(self, name)
             require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
         from jaxgpt.generation.engine import Engine
@@ -164,8 +164,8 @@ class Generate(Compute):
             from jaxgpt.checkpoint import fingerprint
             from jaxgpt.interop.chat import encode_chat
 
-            named = trained.config, trained.tokenizer.sha256, fingerprint(trained.model), self.speculate, self.slots
-            job.run(engine, lambda said: encode_chat(trained.tokenizer, said), " ".join(map(str, named)))
+            by = trained.config, trained.tokenizer.sha256, fingerprint(trained.model), self.speculate, slots, self.draft
+            job.run(engine, lambda said: encode_chat(trained.tokenizer, said), " ".join(map(str, by)))
 
     def _continue(self, engine: Any) -> None:
         """Print the first sample as it comes, the others, which come at the same time, behind it."""
@@ -266,8 +266,8 @@ class Chat(Compute):
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(512, temperature=0))
 
     def run(self) -> None:
-        if (samples := self.sampling.num_samples) > 1:
-            raise ConfigError(f"num_samples is {samples}: a conversation has one answer; leave it out")
+        if (samples := self.sampling.best_of or self.sampling.num_samples) > 1:
+            raise ConfigError(f"num_samples or best_of is {samples}: a conversation has one answer; leave it out")
         from jaxgpt.generation.engine import Engine
         from jaxgpt.interop.chat import chat
 

@@ -336,10 +336,10 @@ def test_generate_takes_a_draft(command: Callable[..., Any], finished: Path, tmp
     assert outcome.status == 2 and "hf: its tokenizer is another one; take a smaller model" in outcome.error
 
 
-@pytest.mark.parametrize("words", ["--slots 0", "--slots 4097", "--speculate 65"])
+@pytest.mark.parametrize("words", ["--slots 0", "--slots 4097", "--speculate 65", "--speculate 0 --draft nowhere"])
 def test_generate_refuses_before_a_model_is_read(command: Callable[..., Any], words: str) -> None:
     outcome = command("generate.py", "--checkpoint", "nowhere", "--prompt", "x", *words.split())
-    assert outcome.status == 2 and outcome.error.startswith(f"{words[2:].replace(' ', ' is ')}: it must be between")
+    assert outcome.status == 2 and outcome.error.startswith("{} is {}: it must be between".format(*words[2:].split()))
 
 
 def plain_environment() -> dict[str, str]:

@@ -47,7 +47,7 @@ class Completion(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A prompt as ids, how to continue it, and the tokens that end it; `tag` comes back with the completion."""
+    """A prompt as ids, how to continue it, and the tokens that end it; `tag`, another for each prompt, comes back."""
 
     ids: list[int]
     params: SamplingParams
@@ -101,8 +101,8 @@ class _Text:
 
 def _shared(ids: list[int], other: list[int]) -> int:
     """Tokens, in whole chunks, that two prompts begin with; their last tokens are not in the cache."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], other[:-1], strict=False))
-    return sum(1 for _ in same) // CHUNK * CHUNK
+    most = (min(len(ids), len(other)) - 1) // CHUNK * CHUNK
+    return next((i for i in range(0, most, CHUNK) if ids[i : i + CHUNK] != other[i : i + CHUNK]), max(most, 0))
 
 
 class _Forms:
@@ -143,9 +143,8 @@ class Engine:
         for name, value, least, most in (("slots", slots, 1, 4096), ("speculate", speculate, 0, 64)):
             require(least <= value <= most, f"{name} is {value}: it must be between {least} and {most}")
         self._tokenizer = tokenizer
-        models = (model,) if draft is None else (model, draft)
-        self._models = tuple(each if isinstance(each.layers, tuple) else for_decoding(each) for each in models)
-        self._configs = tuple(each.config for each in models)
+        self._models = tuple(m if isinstance(m.layers, tuple) else for_decoding(m) for m in (model, draft) if m)
+        self._configs = tuple(each.config for each in self._models)
         context, vocabulary = model.config.context_length, model.config.vocab_size or 0
         for other in self._configs[1:]:
             given = f"draft: it has {other.vocab_size} tokens and a context of {other.context_length}"
@@ -224,6 +223,7 @@ class Engine:
                 if len(samples[request.tag]) == wanted:
                     every = [done for _, done in sorted(samples.pop(request.tag).items())]
                     best = sorted(every, key=_quality, reverse=True)[: request.params.num_samples]
+                    best[0] = best[0]._replace(prompt_logprobs=every[0].prompt_logprobs)  # the first was asked for them
                     yield from (Progress(request._replace(sample=i), done.text, done) for i, done in enumerate(best))
 
     def _run(self, requests: Iterable[Request]) -> Iterator[Progress]:
