@@ -324,7 +324,8 @@ def test_generate_takes_a_mesh(command: Callable[..., Any], finished: Path) -> N
 def test_generate_takes_a_draft(command: Callable[..., Any], finished: Path, tmp_path: Path) -> None:
     words = ("--checkpoint", str(finished), "--prompt", "import ", "--max-new-tokens", "12", "--seed", "3")
     alone = command("generate.py", *words)
-    assert command("generate.py", *words, "--draft", str(finished), "--speculate", "3").out == alone.out
+    drafted = command("generate.py", *words, "--draft", str(finished), "--speculate", "3")
+    assert (drafted.status, drafted.out) == (0, alone.out), drafted.err
     assert command("jaxgpt", "convert", str(finished), str(tmp_path / "hf"), "--to", "hf").status == 0
     path = tmp_path / "hf" / "tokenizer.json"
     other = json.loads(path.read_text())

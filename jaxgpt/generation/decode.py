@@ -161,7 +161,7 @@ def decode(
         places_BT = jnp.maximum(slots.lengths_B - 1, 0)[:, None] + jnp.arange(1 + guesses)[None]
         x_BTD, cache, _ = model(tokens_BT, places_BT, cache=slots.caches[0], lengths_B=slots.rules.end)
         assert cache is not None
-        expected_BT = jnp.concatenate([tokens_BT[:, 1:], jnp.full_like(tokens_BT[:, :1], -1)], 1)
+        expected_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (model.logits(x_BTD), expected_BT))
         (slots, _), _ = jax.lax.scan(go_further, (slots._replace(caches=()), ~slots.done_B), inputs)
         return slots._replace(caches=(cache, *drafted), steps=slots.steps + 1)
@@ -197,7 +197,7 @@ def _draft(model: Transformer, slots: Slots, newest_B1: Array, count: int) -> tu
 
     begin = slots.tokens_BS, slots.lengths_B, slots.caches[1]
     (*_, cache), guessed_GB = jax.lax.scan(further, begin, length=count)
-    return jnp.concatenate([newest_B1, guessed_GB.T], 1), (cache,)
+    return jnp.concatenate([shard(newest_B1, "BT"), shard(guessed_GB.T, "BT")], 1), (cache,)
 
 
 def _guess(tokens_S: Array, length: Array, count: int) -> Array:
