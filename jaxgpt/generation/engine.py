@@ -21,6 +21,7 @@ from jax import Array
 
 from jaxgpt.errors import ConfigError, require
 from jaxgpt.generation.automaton import token_table
+from jaxgpt.generation.beams import beam_search
 from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
@@ -185,7 +186,8 @@ class Engine:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
-        """One for each sample of a prompt. Raises ConfigError, naming it, for what this model cannot take."""
+        """One for each sample of a prompt, or for all beams. Raises ConfigError, naming it, for what this model cannot
+        take."""
         ids, context = self._ids(prompt), self._configs[0].context_length
         vocabulary = self._configs[0].vocab_size or 0
         require(bool(ids), "the prompt is empty, and this model has no token that begins a text; give it some text")
@@ -201,14 +203,17 @@ class Engine:
             self.truncated += 1
         if len(ids) >= context:
             raise ConfigError(f"prompt of {len(ids)} tokens: the context of {context} has no room; shorten the prompt")
+        fits = params.beam_width <= vocabulary and not params.beam_width % self._parts
+        require(fits, f"beam_width is {params.beam_width}: it must be a multiple of {self._parts}, up to {vocabulary}")
         require(params.top_k <= vocabulary, f"top_k is {params.top_k}: the vocabulary has {vocabulary} tokens")
         ends = (*(() if params.ignore_eos else self._tokenizer.end_ids), *params.stop_token_ids)
         require(len(ends) <= MAX_ENDS, f"stop_token_ids: with the model's own, {len(ends)} end a text; {MAX_ENDS} can")
         regex, schema = "|".join(map(re.escape, params.choice)) or params.regex, params.json_schema
         form = token_table(regex, schema, self._spelt, ends) if regex or schema else None
         params = replace(params, logprobs=params.logprobs or 0) if params.best_of else params
-        others = [replace(params, prompt_logprobs=None)] * ((params.best_of or params.num_samples) - 1)  # one scores it
-        return [Request(ids, own, ends, form, sample, tag) for sample, own in enumerate([params, *others])]
+        count = 1 if params.beam_width else params.best_of or params.num_samples
+        each = [params, *[replace(params, prompt_logprobs=None)] * (count - 1)]  # one scores the prompt
+        return [Request(ids, own, ends, form, sample, tag) for sample, own in enumerate(each)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """What comes of requests, in the order in which it comes. They are taken when there is a slot for them. With
@@ -229,15 +234,18 @@ class Engine:
     def _run(self, requests: Iterable[Request]) -> Iterator[Progress]:
         waiting, texts, unseen = iter(requests), dict[int, _Text](), list[Progress]()
         (slots, prompts), self._kept = self._kept, (None, [[]] * self._slots)  # another run meanwhile has its own
-        forms = _Forms(len(self._spelt))
-        while True:
+        forms, exhausted = _Forms(len(self._spelt)), False
+        while texts or not exhausted:
             free = [slot for slot in range(self._slots) if slot not in texts]
             new = dict(zip(free, waiting, strict=False))
             exhausted = len(new) < len(free)
+            for slot in [slot for slot, each in new.items() if each.params.beam_width]:
+                yield from self._search(new.pop(slot))
             texts |= {slot: _Text(each, self._tokenizer) for slot, each in new.items()}
             if not texts:
-                break
-            slots = self._fit(slots, prompts, texts)
+                continue
+            newest = max(text.length for text in texts.values())
+            slots = self._fit(slots, prompts, newest + STEPS_PER_DISPATCH * (1 + self._guesses))
             slots = self._fill(slots, prompts, new) if new else slots
             enough = len(texts) if exhausted else self._parts
             stopped = place(np.array([slot not in texts for slot in range(self._slots)]), "B")
@@ -260,8 +268,21 @@ class Engine:
         self._kept = slots, prompts
         yield from unseen
 
-    def _fit(self, slots: Slots | None, prompts: list[list[int]], texts: dict[int, _Text]) -> Slots:
-        longest = max(_SHORTEST, *(text.length + STEPS_PER_DISPATCH * (1 + self._guesses) for text in texts.values()))
+    def _search(self, request: Request) -> Iterator[Progress]:
+        """The best that a beam search finds, in slots of its own."""
+        ids, params = request.ids, request.params
+        own = Engine(self._models[0], self._tokenizer, params.beam_width)
+        slots = own._fit(None, own._kept[1], len(ids) + params.max_new_tokens)
+        slots = own._fill(slots, own._kept[1], {0: request})
+        found = beam_search(self._models[0], slots, np.float32(params.length_penalty))
+        texts_BS, lengths, failed = jax.device_get(found)
+        for sample in range(params.num_samples):
+            text = _Text(request._replace(sample=sample), self._tokenizer)
+            yield text.push(texts_BS[sample], int(lengths[sample]), True, bool(failed))
+            self.tokens += text.length - len(ids)
+
+    def _fit(self, slots: Slots | None, prompts: list[list[int]], longest: int) -> Slots:
+        longest = max(longest, _SHORTEST)
         power = 2 ** math.ceil(math.log2(longest))
         length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
         if slots is None:

@@ -20,6 +20,7 @@ from jaxgpt.errors import require
 
 Numbers = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
 MAX_ENDS, MAX_BIASED, MAX_ALTERNATIVES = 32, 300, 20
+_NOT_OF_BEAMS = "top_k top_p min_p typical_p choice regex json_schema stop logprobs prompt_logprobs best_of".split()
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class SamplingParams(Section):
     seed: int = 0  # Random numbers come from it, the number of the sample and the position alone.
     num_samples: int = 1  # Samples of the prompt.
     best_of: int = 0  # Make this many, and keep the num_samples whose tokens have the highest mean log-probability.
+    beam_width: int = 0  # Search with so many beams for the num_samples most probable texts, instead of sampling.
+    length_penalty: float = 1.0  # Beams compete by their log-probability over their new tokens to the power of this.
     choice: tuple[str, ...] = ()  # The completion is one of these texts,
     regex: str = ""  # or such that all of it matches this,
     json_schema: str = ""  # or JSON that this schema, as JSON, allows. These need the extra `constrain`.
@@ -53,7 +56,11 @@ class SamplingParams(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(self.num_samples if self.best_of else 0, 1024, "best_of")
+        for name, most in (("best_of", 1024), ("beam_width", 64)):
+            self.within(self.num_samples if getattr(self, name) else 0, most, name)
+        odd = [name for name in _NOT_OF_BEAMS if getattr(self, name) != getattr(SamplingParams, name)]
+        odd += [] if self.temperature in (0, 1) else ["temperature"]
+        require(not (self.beam_width and odd), f"{', '.join(odd)}: beam search has no use for it; leave it out")
         legal = self.temperature == 0 or 0.001 <= self.temperature <= 1000  # so NaN is not
         require(legal, f"temperature is {self.temperature}: it must be 0, or between 0.001 and 1000")
         self.within(0, self.max_new_tokens, "min_new_tokens")
@@ -111,7 +118,7 @@ NO_RULES = Rules.of(SamplingParams(temperature=0), 0, 1, (), 0)  # of a slot wit
 def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
     """The next token of each slot, int32 [B]: greedy (of equal scores the lowest id), or a draw. The order is that of
     transformers: bias, penalties, no end too early; temperature, top-k, top-p, min-p, typical-p."""
-    scores_BV = _edit(logits_BV, rules, tokens_BS, lengths_B)
+    scores_BV = edit(logits_BV, rules, tokens_BS, lengths_B)
     greedy_B = scores_BV.argmax(-1).astype(jnp.int32)
 
     def noise(seed: Array, sample: Array, position: Array) -> Array:
@@ -128,7 +135,8 @@ def choose(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -
     return jax.lax.cond((rules.temperature > 0).any(), draw, lambda _: greedy_B, scores_BV)
 
 
-def _edit(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
+def edit(logits_BV: Array, rules: Rules, tokens_BS: Array, lengths_B: Array) -> Array:
+    """Scores [B, V] with the bias and the penalties of each slot, and no end where it would be too early."""
     same = lambda x_BV: x_BV  # noqa: E731
 
     def bias(x_BV: Array) -> Array:

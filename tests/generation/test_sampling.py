@@ -146,12 +146,12 @@ def test_filters_are_those_of_transformers(name: dict[str, Any], processor: str)
     import torch
     import transformers
 
-    from jaxgpt.generation.sampling import _edit, _filter
+    from jaxgpt.generation.sampling import _filter, edit
 
     kind, _, argument = processor.rstrip(")").partition("(")
     theirs = getattr(transformers, kind)(float(argument) if "." in argument else int(argument))
     logits_BV = np.random.default_rng(3).normal(size=(16, 200)).astype(np.float32) * 3
     tokens_BS = np.random.default_rng(4).integers(0, 200, (16, 20))
     rules = rules_of(*[SamplingParams(**name)] * 16)
-    ours = _filter(_edit(jnp.asarray(logits_BV), rules, jnp.asarray(tokens_BS), jnp.full(16, 20)), rules)
+    ours = _filter(edit(jnp.asarray(logits_BV), rules, jnp.asarray(tokens_BS), jnp.full(16, 20)), rules)
     np.testing.assert_allclose(ours, theirs(torch.tensor(tokens_BS), torch.tensor(logits_BV)).numpy(), rtol=1e-6)
