@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, load_preset
 from jaxgpt.data.loader import Batch
+from jaxgpt.generation.beams import beam_search
 from jaxgpt.generation.decode import Forms, Slots, decode, empty_slots, prefill
 from jaxgpt.generation.engine import CHUNK, STEPS_PER_DISPATCH
 from jaxgpt.model import Transformer
@@ -192,9 +193,12 @@ def test_generation_compiles_and_fits(preset: str, mesh: MeshConfig, compile_and
         )
         two = abstract_slots(config, 2)
         drafted = decode.lower((model, model), two, forms, stopped, enough, STEPS_PER_DISPATCH, 3).compile()
+        searched = beam_search.lower(model, slots, abstract(lambda: jnp.float32(1)))
+        beams = compile_and_note(preset, mesh, "beams", searched)
     assert whole_bytes(two.caches) == 2 * whole_bytes(slots.caches)
     assert_same_places(two, drafted.output_shardings)
     assert chip_bytes(slots.caches) == whole_bytes(slots.caches) / 4, "cut by rows, or by rows and heads"
+    assert beams.peak < CHIP_BYTES
     assert_stored(program, model, slots)
     for each in (filled, program):
         assert chip_bytes(slots) <= each.aliased <= each.outputs, "the new cache must take the old one's place"
