@@ -20,7 +20,8 @@ from jaxgpt.errors import require
 
 Numbers = Any  # NumPy's, of one request on the host; JAX's on the devices, with a leading axis B
 MAX_ENDS, MAX_BIASED, MAX_ALTERNATIVES = 32, 300, 20
-_NOT_OF_BEAMS = "top_k top_p min_p typical_p choice regex json_schema stop logprobs prompt_logprobs best_of".split()
+_FILTERS, _FORMS = ("top_k", "top_p", "min_p", "typical_p"), ("choice", "regex", "json_schema")
+_NOT_OF_BEAMS = (*_FILTERS, *_FORMS, "stop", "logprobs", "prompt_logprobs", "best_of")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SamplingParams(Section):
         self.within(0, self.max_new_tokens, "min_new_tokens")
         few = len(self.logit_bias) <= MAX_BIASED and all(abs(by) <= 1000 for _, by in self.logit_bias)
         require(few, f"logit_bias is {self.logit_bias!r:.50}: it must be 300 ids at most, values from -1000 to 1000")
-        forms = sum(map(bool, (self.choice, self.regex, self.json_schema)))
+        forms = sum(bool(getattr(self, name)) for name in _FORMS)
         legal = all(self.choice) and (not forms or (forms == 1 and not self.min_new_tokens))
         require(legal, "choice, regex, json_schema: one of them, without empty texts, and no min_new_tokens beside it")
         require(len(self.stop) <= 16 and all(self.stop), f"stop is {self.stop!r:.50}: it must be 16 texts, none empty")
