@@ -25,15 +25,13 @@ def beam_search(model: Transformer, slots: Slots, length_penalty: Array) -> tupl
     ends_V = jnp.zeros(V, bool).at[jnp.where(rules.end_ids_E[0] < 0, V, rules.end_ids_E[0])].set(True, mode="drop")
 
     def step(carry: tuple) -> tuple:
-        texts_BS, length, totals_B, cache, complete, _, _ = carry
+        texts_BS, length, totals_B, cache, complete, _ = carry
         places_BT = jnp.full((B, 1), length - 1)
         read_BT = shard(jnp.take_along_axis(texts_BS, places_BT, 1), "BT")
         x_BTD, cache, _ = model(read_BT, shard(places_BT, "BT"), cache=cache, lengths_B=slots.rules.end)
         logits_BV = whole(model.logits(x_BTD)[:, 0])
         log_p_BV = edit(jax.nn.log_softmax(logits_BV), rules, texts_BS, jnp.full(B, length))
-        is_beam_B1 = totals_B[:, None] > -jnp.inf  # at first there is one
-        totals_BV = jnp.where(is_beam_B1, totals_B[:, None] + log_p_BV, -jnp.inf)
-        failed = ~jnp.isfinite(jnp.where(is_beam_B1, logits_BV, 0).sum())
+        totals_BV = totals_B[:, None] + log_p_BV + 0 * logits_BV.sum()  # NaN, which ends it, where one is not finite
 
         def best(totals_BV: Array) -> tuple[Array, Array, Array, Array]:
             totals_B, at_B = jax.lax.top_k(totals_BV.reshape(-1), B)
@@ -48,12 +46,11 @@ def beam_search(model: Transformer, slots: Slots, length_penalty: Array) -> tupl
         scores_B, order_B = jax.lax.top_k(scores_N, B)
         totals_B, from_B, _, texts_BS = best(jnp.where(is_last_V, -jnp.inf, totals_BV))
         cache = jax.tree.map(lambda x: x.at[from_B].get(out_sharding=jax.typeof(x).sharding.spec), cache)
-        going = (totals_B[0] * per_token > scores_B[-1]) & ~failed
-        return texts_BS, length + 1, totals_B, cache, (texts_NS[order_B], lengths_N[order_B], scores_B), going, failed
+        complete = texts_NS[order_B], lengths_N[order_B], scores_B
+        return texts_BS, length + 1, totals_B, cache, complete, totals_B[0] * per_token > scores_B[-1]
 
     texts_BS, none_B = jnp.broadcast_to(whole(slots.tokens_BS)[0], (B, S)), jnp.full(B, -jnp.inf)
     complete = texts_BS, rules.prompt_length, none_B
-    begin = texts_BS, rules.prompt_length[0], none_B.at[0].set(0), slots.caches[0], complete
-    flags = jnp.array(True), jnp.array(False)
-    *_, (texts_BS, lengths_B, _), _, failed = jax.lax.while_loop(lambda carry: carry[-2], step, (*begin, *flags))
-    return texts_BS, lengths_B, failed
+    begin = texts_BS, rules.prompt_length[0], none_B.at[0].set(0), slots.caches[0], complete, jnp.array(True)
+    *_, totals_B, _, (texts_BS, lengths_B, _), _ = jax.lax.while_loop(lambda carry: carry[-1], step, begin)
+    return texts_BS, lengths_B, jnp.isnan(totals_B[0])
