@@ -131,7 +131,8 @@ class Trainer:
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
-        if start and self.evaluation_due(start) and not self.evaluate(start, state):
+        due = start and self.evaluation_due(start) and not self.log.evaluated
+        if due and not self.evaluate(start, state):
             raise Stopped(f"stopped after step {start}, {self._saved()}; run the same command to go on")
         if start >= self.last:
             self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
@@ -203,7 +204,7 @@ class Trainer:
     def evaluation_due(self, step: int) -> bool:
         every = self.config.training.eval_every
         due = step == self.last or (every > 0 and step % every == 0)
-        return due and len(self.held_out) > 0 and step not in self.log.evaluated
+        return due and len(self.held_out) > 0
 
     def evaluate(self, step: int, state: TrainState) -> bool:
         """Measure the averaged parameters on held-out text; False when a stop comes first, and the next run does it."""

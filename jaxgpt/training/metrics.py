@@ -37,14 +37,13 @@ class MetricsLog(contextlib.ExitStack):
         super().__init__()
         self._wandb = self.enter_context(_start_wandb(config)) if config.training.wandb else None
         path = config.run_path / "metrics.jsonl"
-        kept, self.evaluated = list[bytes](), set[int]()
+        kept, self.evaluated = list[bytes](), False  # whether there is a measurement of held-out text at `step`
         for line in path.read_bytes().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a dying machine tore is no record
                 record = json.loads(line)
                 if record["step"] <= step:
                     kept.append(line + b"\n")
-                    if "val_loss" in record:
-                        self.evaluated.add(record["step"])
+                    self.evaluated |= record["step"] == step and "val_loss" in record
         write_atomically(path, b"".join(kept))
         self.file = self.enter_context(path.open("ab", buffering=0))
         # Not tensorboardX's SummaryWriter: it writes in a thread, which a full disk ends, and training waits for ever.
@@ -57,8 +56,6 @@ class MetricsLog(contextlib.ExitStack):
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
         append(self.file, json.dumps(record, allow_nan=False).encode() + b"\n")
-        if "val_loss" in record:
-            self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}
         scalars = [Summary.Value(tag=name.replace("val_", "val/"), simple_value=x) for name, x in numbers.items()]
         append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
