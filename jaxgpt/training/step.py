@@ -78,8 +78,6 @@ def _sharded_by_compiler(rule: optax.GradientTransformation) -> optax.GradientTr
     """Let the compiler lay out what is inside an update: Muon's products contract over axes that are cut."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if jax.sharding.get_abstract_mesh().empty:
-            return rule.update(updates, state, params)
         layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
         return jax.sharding.auto_axes(rule.update, out_sharding=layout)(updates, state, params)
 
