@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One entry of the table."""
+    """One entry of the table, where the keys without a word here are explained."""
 
     model_type: str
     architecture: str  # the class of transformers
@@ -50,19 +50,13 @@ class Family:
     gguf_keys: dict[str, str]  # field of ModelConfig -> key of GGUF, after the architecture
     requires: dict[str, list]  # the only values of keys of config.json that are implemented; the first is written
     defaults: dict[str, Any]  # values of keys that a config.json leaves out
-    # Where config.json has no `layer_types`, every so manyth layer has no window; 0: all have one, 1: there must be
-    # `layer_types`, -1: all have one, and there is none.
     window_period: int = 0
     prefix: str = ""  # tensors may be stored without this prefix
-    # Tensors that older files hold although they are computed; they are counted and left out.
     buffers: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = False  # safetensors hold matrices [in, out]
     interleaved: bool = False  # in GGUF, the rows of each head of q and k are in the order 0, K/2, 1, K/2 + 1 ...
-    # Field of ModelConfig -> tensor that is in a GGUF file where the field is true.
     gguf_tensors: dict[str, str] = field(default_factory=dict)
-    # Values of keys of config.json that GGUF does not hold, since its readers know no other.
     gguf_assumes: dict[str, Any] = field(default_factory=dict)
-    # Layers of the models whose query scalar is d_model / n_heads: GGUF holds none, and others have head_dim.
     gguf_wide_scalar: tuple[int, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)  # other names of keys of config.json, which are only read
 
