@@ -11,7 +11,6 @@ import signal
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -49,27 +48,22 @@ def train(config: TrainConfig) -> None:
         Trainer(with_vocabulary(config, tokenizer), checkpoints, tokenizer, corpora).run()
 
 
-@dataclass
 class Trainer:
     """One run in progress."""
 
-    config: TrainConfig
-    checkpoints: Checkpoints
-    tokenizer: Tokenizer
-    corpora: list[Corpus]
-
-    def __post_init__(self) -> None:
-        training, length = self.config.training, self.config.model.context_length
-        size, parts = training.batch_size, training.accumulation_steps
-        self.batches = training_batches(
-            self.corpora, self.config.data.weights, batch_size=size, sequence_length=length, seed=training.seed
-        )
+    def __init__(
+        self, config: TrainConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, corpora: list[Corpus]
+    ) -> None:
+        self.config, self.checkpoints, self.tokenizer, self.corpora = config, checkpoints, tokenizer, corpora
+        training, length = config.training, config.model.context_length
+        size, parts, weights = training.batch_size, training.accumulation_steps, config.data.weights
+        self.batches = training_batches(corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
         rows, count = size // parts, training.eval_batches * parts  # a whole batch may not fit
-        self.held_out = evaluation_batches(self.corpora, batch_size=rows, sequence_length=length, batches=count)
-        data = [corpus.fingerprint for corpus in self.corpora]
-        self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256, "data": data}
+        self.held_out = evaluation_batches(corpora, batch_size=rows, sequence_length=length, batches=count)
+        data = [corpus.fingerprint for corpus in corpora]
+        self.provenance = {"seed": training.seed, "tokenizer_sha256": tokenizer.sha256, "data": data}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
-        self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(self.config)), False
+        self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(config)), False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:
