@@ -55,9 +55,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         case "lion":
             rule = optax.scale_by_lion(config.beta1, config.beta2)
         case "adafactor":
-            rule = optax.chain(
-                optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-            )
+            rule = optax.adafactor(-1.0)  # whose sign, as muon's, is that of an update
         case "muon":
             axes = dict(muon_weight_dimension_numbers=_of_each(_muon_dimensions), consistent_rms=0.2)
             orthogonal = muon(-1.0, beta=config.beta1, eps=config.epsilon, **axes)
