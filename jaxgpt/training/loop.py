@@ -60,8 +60,7 @@ class Trainer:
         self.batches = training_batches(corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
         rows, count = size // parts, training.eval_batches * parts  # a whole batch may not fit
         self.held_out = evaluation_batches(corpora, batch_size=rows, sequence_length=length, batches=count)
-        data = [corpus.fingerprint for corpus in corpora]
-        self.provenance = {"seed": training.seed, "tokenizer_sha256": tokenizer.sha256, "data": data}
+        self.provenance = {"tokenizer_sha256": tokenizer.sha256, "data": [corpus.fingerprint for corpus in corpora]}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
         self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(config)), False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
