@@ -28,10 +28,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     match config.schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio)
-        case "linear":
-            after = optax.linear_schedule(peak, final, rest)
-        case "wsd":
-            decay = min(max(int(steps * config.decay_fraction), 1), rest)
+        case "linear" | "wsd":
+            decay = rest if config.schedule == "linear" else min(max(int(steps * config.decay_fraction), 1), rest)
             after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     # Step 0 already learns: its rate is peak / (warmup + 1), not 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
