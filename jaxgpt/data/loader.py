@@ -43,65 +43,54 @@ def make_batch(rows: Sequence[tuple[TokenStream, int]], length: int) -> Batch:
     return batch
 
 
-class Loader:
-    """Random access to training batches: `loader[step]`."""
-
-    def __init__(
-        self, corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, sequence_length: int, seed: int
-    ) -> None:
-        """weights: shares of the rows, or else those of the tokens. Raises ConfigError for less than one sequence."""
-        self._batch_size, self._length = batch_size, sequence_length
-        for corpus in corpora:
-            if len(corpus.train) <= sequence_length:
-                why = f"{len(corpus.train)} training tokens are fewer than one sequence of {sequence_length} and its"
-                raise ConfigError(f"data {corpus.name}: {why} last label; lower model.context_length or add text")
-        counts = [(len(corpus.train) - 1) // sequence_length for corpus in corpora]  # a last label is the token after
-        self.steps_per_epoch = sum(counts) / batch_size  # draws as many windows as there are (with weights: on average)
-        seeds = np.random.SeedSequence(seed).generate_state(len(corpora)).tolist()
-        orders = [
-            grain.MapDataset.range(count).shuffle(seed=own).repeat().map(lambda i, c=corpus: (c, i * sequence_length))
-            for corpus, count, own in zip(corpora, counts, seeds, strict=True)
-        ]
-        self._order = grain.MapDataset.mix(orders, weights or counts)
-
-    def __getitem__(self, step: int) -> Batch:
-        """Batch `step`. Raises BadFileError for a token that is not in the vocabulary."""
-        rows = [self._order[draw] for draw in range(step * self._batch_size, (step + 1) * self._batch_size)]
-        return _read("train", rows, self._length, f"training step {step}")
-
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from `start_step` on, read ahead by one background thread."""
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        return iter(grain.MapDataset.range(start_step, 2**31).map(self.__getitem__).to_iter_dataset(options))
+def training_batches(
+    corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, sequence_length: int, seed: int
+) -> Sequence[Batch]:
+    """Training batches without end; `batches[step]` makes one. weights: shares of the rows, or else those of the
+    tokens. Raises ConfigError for less than one sequence."""
+    for corpus in corpora:
+        if len(corpus.train) <= sequence_length:
+            why = f"{len(corpus.train)} training tokens are fewer than one sequence of {sequence_length} and its"
+            raise ConfigError(f"data {corpus.name}: {why} last label; lower model.context_length or add text")
+    counts = [(len(corpus.train) - 1) // sequence_length for corpus in corpora]  # a last label is the token after
+    seeds = np.random.SeedSequence(seed).generate_state(len(corpora)).tolist()
+    orders = [
+        grain.MapDataset.range(count).shuffle(seed=own).repeat().map(lambda i, c=corpus: (c, i * sequence_length))
+        for corpus, count, own in zip(corpora, counts, seeds, strict=True)
+    ]
+    return _read(grain.MapDataset.mix(orders, weights or counts), "train", batch_size, sequence_length)
 
 
-class EvalWindows:
-    """The held-out windows of every corpus in order, never shuffled; `windows[i]` is the i-th batch."""
-
-    def __init__(self, corpora: Sequence[Corpus], *, batch_size: int, sequence_length: int, batches: int = 0) -> None:
-        """batches: take only this many, evenly spaced over all windows; 0 takes all."""
-        self._length = sequence_length
-        windows = [(corpus, i) for corpus in corpora for i in range(0, len(corpus.val) - 1, sequence_length)]
-        count, wanted = len(windows), batches * batch_size
-        if 0 < wanted < count:
-            windows = [windows[i * count // wanted] for i in range(wanted)]
-        windows += [(corpora[-1], len(corpora[-1].val))] * (-len(windows) % batch_size)  # nothing but padding
-        self._batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Batch `index`; rows after the last window are padding. Raises IndexError behind the last batch."""
-        return _read("val", self._batches[index], self._length, f"evaluation batch {index}")
+def read_ahead(batches: Sequence[Batch], start_step: int = 0) -> Iterator[Batch]:
+    """Training batches from `start_step` on, read ahead by one background thread."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    return iter(batches[start_step:].to_iter_dataset(options))  # type: ignore[attr-defined]
 
 
-def _read(split: str, rows: Sequence[tuple[Corpus, int]], length: int, where: str) -> Batch:
-    """The windows of a split as a batch; raises BadFileError for a token outside the vocabulary."""
-    batch = make_batch([(getattr(corpus, split), begin) for corpus, begin in rows], length)
-    highest = np.maximum(batch.tokens, batch.labels).max(axis=1)
-    corpus = rows[highest.argmax()][0]
-    if highest.max() >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
-        why = f"token {highest.max()} is outside the vocabulary of {corpus.vocab_size}"
-        raise BadFileError(f"data {corpus.name}, {where}: {why}; use its tokenizer or prepare the text again")
-    return batch
+def evaluation_batches(
+    corpora: Sequence[Corpus], *, batch_size: int, sequence_length: int, batches: int = 0
+) -> Sequence[Batch]:
+    """The held-out windows of every corpus in order, never shuffled; rows after the last one are padding. batches: take
+    only this many, evenly spaced over all windows; 0 takes all."""
+    windows = [(corpus, i) for corpus in corpora for i in range(0, len(corpus.val) - 1, sequence_length)]
+    count, wanted = len(windows), batches * batch_size
+    if 0 < wanted < count:
+        windows = [windows[i * count // wanted] for i in range(wanted)]
+    windows += [(corpora[-1], len(corpora[-1].val))] * (-len(windows) % batch_size)  # nothing but padding
+    return _read(grain.MapDataset.source(windows), "val", batch_size, sequence_length)
+
+
+def _read(rows: Any, split: str, batch_size: int, length: int) -> Any:
+    """Windows of a split as batches. To ask for one raises BadFileError for a token outside the vocabulary."""
+
+    def read(number: int, rows: list[tuple[Corpus, int]]) -> Batch:
+        batch = make_batch([(getattr(corpus, split), begin) for corpus, begin in rows], length)
+        highest = np.maximum(batch.tokens, batch.labels).max(axis=1)
+        corpus = rows[highest.argmax()][0]
+        if highest.max() >= corpus.vocab_size:  # JAX would clamp it to the last row of the embedding without a word
+            why = f"token {highest.max()} is outside the vocabulary of {corpus.vocab_size}"
+            where = f"data {corpus.name}, {'training step' if split == 'train' else 'evaluation batch'} {number}"
+            raise BadFileError(f"{where}: {why}; use its tokenizer or prepare the text again")
+        return batch
+
+    return rows.batch(batch_size, batch_fn=list).map_with_index(read)

@@ -163,8 +163,7 @@ def _prepare(text: TextCorpus, tokenizer: Tokenizer) -> Corpus:
             raise
         if bad := text.survey.problems.bad:
             write_atomically(directory / "bad.jsonl", "".join(json.dumps(line) + "\n" for line in bad).encode())
-        meta = {"format": FORMAT, "name": text.name, "dtype": token_dtype(tokenizer).name}
-        meta |= {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
+        meta = {"format": FORMAT, "name": text.name, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
         write_atomically(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
     for split, counts in splits.items():
         note(f"data {text.name}: {split} has {counts['documents']:,} documents, {counts['tokens']:,} tokens")

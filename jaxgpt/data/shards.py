@@ -24,10 +24,9 @@ LONGEST_JSON = 2**24  # bytes
 
 
 class TokenStream:
-    """All shards of one split as one sequence of tokens, memory-mapped."""
+    """All shards of one split as one sequence of tokens, memory-mapped; starts: where documents begin, int64."""
 
     def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray) -> None:
-        """starts: where documents begin, int64 [documents]."""
         self._tokens, self.starts = pyarrow.chunked_array(shards or [np.empty(0, np.uint16)]), starts
 
     def __len__(self) -> int:

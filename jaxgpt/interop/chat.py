@@ -47,7 +47,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     what `encode_chat` and `Engine.stream` raise; in a terminal a message that is refused is only reported."""
     start = [{"role": "system", "content": system}] if system else []
     encode_chat(tokenizer, [*start, {"role": "user", "content": "?"}])  # a template that cannot work says so at once
-    messages, terminal = list(start), sys.stdin.isatty() and sys.stdout.isatty()
+    messages, terminal = start, sys.stdin.isatty() and sys.stdout.isatty()
     stop, refusal = ((KeyboardInterrupt,), ConfigError) if terminal else ((), ())  # elsewhere they end it all
     if terminal:
         with contextlib.suppress(ImportError):
@@ -58,12 +58,11 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
     try:
         while (line := input("> " if terminal else "")) != "/exit":
             if line == "/reset":
-                messages = list(start)
+                messages = start
             elif line.strip():
-                messages.append({"role": "user", "content": line})
-                answer: list[str] = []
+                asked, answer = [*messages, {"role": "user", "content": line}], list[str]()
                 try:
-                    ids = encode_chat(tokenizer, messages)
+                    ids = encode_chat(tokenizer, asked)
                     if 0 < (room := engine.room(ids)) < params.max_new_tokens:
                         note(f"{room} tokens of the context are left, so the answer ends there at the latest")
                     for _, text in engine.stream(ids, params):
@@ -73,9 +72,8 @@ def chat(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: s
                     pass
                 except refusal as error:
                     note(str(error))
-                    messages.pop()
                     continue
                 print()
-                messages.append({"role": "assistant", "content": "".join(answer)})
+                messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
     except (EOFError, *stop):
         print(end="\n" if terminal else "")

@@ -39,10 +39,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One entry of the table."""
+    """One entry of the table, where the keys without a word here are explained."""
 
     model_type: str
-    architecture: str  # the class of transformers
     gguf: str  # `general.architecture` of its GGUF files
     rows: tuple[Row, ...]
     fixed: dict[str, Any]  # fields of ModelConfig that are the same in all models of the family
@@ -50,25 +49,19 @@ class Family:
     gguf_keys: dict[str, str]  # field of ModelConfig -> key of GGUF, after the architecture
     requires: dict[str, list]  # the only values of keys of config.json that are implemented; the first is written
     defaults: dict[str, Any]  # values of keys that a config.json leaves out
-    # Where config.json has no `layer_types`, every so manyth layer has no window; 0: all have one, 1: there must be
-    # `layer_types`, -1: all have one, and there is none.
     window_period: int = 0
     prefix: str = ""  # tensors may be stored without this prefix
-    # Tensors that older files hold although they are computed; they are counted and left out.
     buffers: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = False  # safetensors hold matrices [in, out]
     interleaved: bool = False  # in GGUF, the rows of each head of q and k are in the order 0, K/2, 1, K/2 + 1 ...
-    # Field of ModelConfig -> tensor that is in a GGUF file where the field is true.
     gguf_tensors: dict[str, str] = field(default_factory=dict)
-    # Values of keys of config.json that GGUF does not hold, since its readers know no other.
     gguf_assumes: dict[str, Any] = field(default_factory=dict)
-    # Layers of the models whose query scalar is d_model / n_heads: GGUF holds none, and others have head_dim.
     gguf_wide_scalar: tuple[int, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)  # other names of keys of config.json, which are only read
 
 
-def _families(table: dict[str, Any]) -> tuple[Family, ...]:
-    groups, found = {name: [Row(*row) for row in rows] for name, rows in table["rows"].items()}, list[Family]()
+def _families(table: dict[str, Any]) -> dict[str, Family]:
+    groups, found = {name: [Row(*row) for row in rows] for name, rows in table["rows"].items()}, dict[str, Family]()
     for name, entry in table["family"].items():
         if like := entry.pop("like", None):
             base: dict[str, Any] = table["family"][like]
@@ -77,9 +70,9 @@ def _families(table: dict[str, Any]) -> tuple[Family, ...]:
         rows = [row for group in entry.pop("rows") for row in groups[group]]
         rows += [row.bias for row in rows if row.name.endswith(("kernel", "scale"))]
         shared = {key: table[key] | entry.pop(key, {}) for key in ("keys", "gguf_keys", "defaults")}
-        requires = {"architectures": [[entry["architecture"]]]} | entry.pop("requires", {})
-        found.append(Family(name, rows=tuple(rows), requires=requires, **shared, **entry))
-    return tuple(found)
+        requires = {"architectures": [[entry.pop("architecture")]]} | entry.pop("requires", {})
+        found[name] = Family(name, rows=tuple(rows), requires=requires, **shared, **entry)
+    return found
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
@@ -93,11 +86,10 @@ Json = dict[str, Any]
 
 def family_of(model_type: Any, where: str) -> Family:
     """The family of a `model_type`. Raises BadFileError, naming it and the known ones."""
-    known = {family.model_type: family for family in FAMILIES}
-    if not isinstance(model_type, str) or model_type not in known:
-        near = nearest(str(model_type), known)
-        raise BadFileError(f"{where}: model_type {model_type!r} is not implemented{near}; there are {', '.join(known)}")
-    return known[model_type]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        what = f"model_type {model_type!r} is not implemented{nearest(str(model_type), FAMILIES)}"
+        raise BadFileError(f"{where}: {what}; there are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def _unused(config: ModelConfig) -> set[str]:
@@ -190,7 +182,7 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
     """The family `preferred`, or the first that can hold this model, and its config.json. ConfigError if none can."""
     config = canonical(config)
     differs: dict[str, list[str]] = {}
-    for family in sorted(FAMILIES, key=lambda family: family.model_type != preferred):
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != preferred):
         try:
             hf = _as_family(config, family)
             _, again = read_config(hf, "config.json")
@@ -201,7 +193,7 @@ def write_config(config: ModelConfig, preferred: str | None = None) -> tuple[Fam
         differs[family.model_type] = list(differences(again, config))
     near = min(differs, key=lambda name: len(differs[name]))
     why = f"the nearest, {near}, differs in {', '.join(differs[near])}; only --to jaxgpt can hold it"
-    raise ConfigError(f"this architecture is none of {', '.join(f.model_type for f in FAMILIES)}: {why}")
+    raise ConfigError(f"this architecture is none of {', '.join(FAMILIES)}: {why}")
 
 
 def _as_family(config: ModelConfig, family: Family) -> Json:
@@ -236,9 +228,9 @@ def read_gguf_config(metadata: Json, tensors: Mapping[str, StoredTensor], where:
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): _decimal(value) for key, value in metadata.items() if key.startswith(prefix)}
     experts = bool(own.get("expert_count"))
-    ours = (each for each in FAMILIES if each.gguf == architecture and ("n_experts" in each.keys) == experts)
+    ours = (each for each in FAMILIES.values() if each.gguf == architecture and ("n_experts" in each.keys) == experts)
     if (family := next(ours, None)) is None:
-        known = ", ".join(sorted({family.gguf for family in FAMILIES}))
+        known = ", ".join(sorted({family.gguf for family in FAMILIES.values()}))
         raise BadFileError(f"{where}: general.architecture {architecture!r} is not implemented; there are {known}")
     with reading(where):
         hf: Json = {"model_type": family.model_type, "vocab_size": tensors["token_embd.weight"].shape[0]}

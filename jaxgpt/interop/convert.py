@@ -49,7 +49,7 @@ def _write_run(trained: TrainedModel, directory: Path) -> None:
     final = directory.with_suffix("")  # without .partial
     tokenizer = TokenizerConfig(path=str(final / trained.tokenizer.file_name))
     config = TrainConfig("gpt", str(final), (), trained.config, tokenizer, training=TrainingConfig(loss_chunks=chunks))
-    metadata = {"seed": 0, "tokenizer_sha256": trained.tokenizer.sha256, "data": []}
+    metadata = {"tokenizer_sha256": trained.tokenizer.sha256, "data": []}
     with Checkpoints(directory, CheckpointConfig()) as checkpoints:
         checkpoints.save(0, trained.model, {"step": jnp.zeros((), jnp.int32)}, metadata)
     write_run(config, trained.tokenizer, directory)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,7 +90,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         never = "files of other kinds, such as pytorch_model.bin, may run code when they are read, so they never are"
         raise BadFileError(f"{where}: there is no such file; fetch or make it ({never})")
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        length = int.from_bytes(file.read(8).ljust(8, b"\xff"), "little")
         room = os.fstat(file.fileno()).st_size - 8 - length
         if room < 0 or length > _MAX_HEADER:
             raise BadFileError(f"{where}: its header claims {length} bytes; fetch the file again")
@@ -132,7 +131,7 @@ def write_safetensors(directory: Path, tensors: Mapping[str, StoredTensor]) -> N
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     with open(directory / _ONE, "wb") as file:
-        file.write(struct.pack("<Q", len(content)) + content)
+        file.write(len(content).to_bytes(8, "little") + content)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.read(), PLAIN[tensor.kind]).view(np.uint8).data)
     sync(directory / _ONE)

@@ -84,12 +84,13 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def _json_of(tokenizer: SentencePieceTokenizer) -> bytes:
     """The tokenizer.json that cuts every text as a SentencePiece model does. But U+2581 in a text is a space, and of
     two ways that a unigram model likes equally it may take the other."""
-    both = zip(tokenizer.pieces, tokenizer.kinds, strict=True)
+    proto = model_pb2.ModelProto.FromString(tokenizer.model_bytes)
     # User-defined ones the library matches before spaces become U+2581.
-    pieces = [piece.replace(SPACE, " ") if kind == Kind.USER_DEFINED else piece for piece, kind in both]
-    scored = zip(pieces, tokenizer.scores, tokenizer.kinds, strict=True)
+    pieces = [p.piece.replace(SPACE, " ") if p.type == Kind.USER_DEFINED else p.piece for p in proto.pieces]
+    scored = [(piece, p.score, p.type) for piece, p in zip(pieces, proto.pieces, strict=True)]
     unknown = tokenizer.kinds.index(Kind.UNKNOWN)
-    if tokenizer.unigram:  # the library would find control and byte pieces in a text, were they not so unlikely
+    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+        # The library would find control and byte pieces in a text, were they not so unlikely
         vocab = [(p, score if kind in (Kind.NORMAL, Kind.USER_DEFINED) else -1e9) for p, score, kind in scored]
         model: Json = {"type": "Unigram", "vocab": vocab, "unk_id": unknown, "byte_fallback": True}
     else:  # SentencePiece merges the pair that makes the best piece: here every such pair, the best first

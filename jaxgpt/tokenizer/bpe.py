@@ -94,9 +94,6 @@ def tokenizer_json(pieces: list[str], kinds: list[int], bos: int | None, model: 
     ]
     if bos is not None:
         name = pieces[bos]
-        begin = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        pair = [*begin, {"Sequence": {"id": "B", "type_id": 0}}]
-        special = {name: {"id": name, "ids": [bos], "tokens": [name]}}
-        template = {"type": "TemplateProcessing", "single": begin, "pair": pair, "special_tokens": special}
-        parts["post_processor"] = template
+        template = tokenizers.processors.TemplateProcessing([name, "$A"], [name, "$A", "$B"], [(name, bos)])
+        parts["post_processor"] = json.loads(template.__getstate__())
     return json.dumps({"version": "1.0", "added_tokens": added, "model": model, **parts}, ensure_ascii=False).encode()

@@ -27,8 +27,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, UnicodeDecodeError):
             raise BadFileError(f"{where} is not a SentencePiece model; train a new one or restore the file") from None
         super().__init__(model_bytes, where, pieces, [piece.type for piece in proto.pieces])
-        self.scores, self._model = [piece.score for piece in proto.pieces], model
-        self.unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+        self._model = model
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
         self.pad_id = model.pad_id() if model.pad_id() >= 0 else self.eos_id
         self.bos_ids = [self.bos_id]

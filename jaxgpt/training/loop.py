@@ -11,14 +11,13 @@ import signal
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import TrainConfig
-from jaxgpt.data.loader import Batch, EvalWindows, Loader
+from jaxgpt.data.loader import Batch, evaluation_batches, read_ahead, training_batches
 from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import BadFileError, ConfigError, Stopped, StorageError, TrainingError
@@ -49,26 +48,21 @@ def train(config: TrainConfig) -> None:
         Trainer(with_vocabulary(config, tokenizer), checkpoints, tokenizer, corpora).run()
 
 
-@dataclass
 class Trainer:
     """One run in progress."""
 
-    config: TrainConfig
-    checkpoints: Checkpoints
-    tokenizer: Tokenizer
-    corpora: list[Corpus]
-
-    def __post_init__(self) -> None:
-        training, length = self.config.training, self.config.model.context_length
-        weights, size = self.config.data.weights, training.batch_size
-        self.loader = Loader(self.corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
-        parts = training.accumulation_steps  # a whole batch may not fit
-        rows, batches = size // parts, training.eval_batches * parts
-        self.windows = EvalWindows(self.corpora, batch_size=rows, sequence_length=length, batches=batches)
-        data = [corpus.fingerprint for corpus in self.corpora]
-        self.provenance = {"seed": training.seed, "tokenizer_sha256": self.tokenizer.sha256, "data": data}
+    def __init__(
+        self, config: TrainConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, corpora: list[Corpus]
+    ) -> None:
+        self.config, self.checkpoints, self.tokenizer, self.corpora = config, checkpoints, tokenizer, corpora
+        training, length = config.training, config.model.context_length
+        size, parts, weights = training.batch_size, training.accumulation_steps, config.data.weights
+        self.batches = training_batches(corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
+        rows, count = size // parts, training.eval_batches * parts  # a whole batch may not fit
+        self.held_out = evaluation_batches(corpora, batch_size=rows, sequence_length=length, batches=count)
+        self.provenance = {"tokenizer_sha256": tokenizer.sha256, "data": [corpus.fingerprint for corpus in corpora]}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
-        self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(self.config)), False
+        self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(config)), False
         self.seconds: list[float] = []  # that each step since the last record took, without what stands between
 
     def run(self) -> None:
@@ -122,21 +116,22 @@ class Trainer:
         what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, attention by {attention}"
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         self.bar.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
-        epochs = f"{self.last / self.loader.steps_per_epoch:.2f} epochs"
+        epochs = f"{self.last * self.tokens / sum(len(corpus.train) for corpus in self.corpora):.2f} epochs"
         resumed = f", going on after step {start}" if start else ""
         self.bar.say(f"{self.last} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
-        if not len(self.windows):
+        if not len(self.held_out):
             self.bar.say("nothing is held out: there will be no evaluation")
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
-        if start and self.evaluation_due(start) and not self.evaluate(start, state):
+        due = start and self.evaluation_due(start) and not self.log.evaluated
+        if due and not self.evaluate(start, state):
             raise Stopped(f"stopped after step {start}, {self._saved()}; run the same command to go on")
         if start >= self.last:
             self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
-        step_function = self.compiled(state, place(self.loader[start], "BT"))
-        batches = self.loader.iterate(start)
+        step_function = self.compiled(state, place(self.batches[start], "BT"))
+        batches = read_ahead(self.batches, start)
         unreported: tuple[int, Metrics] | None = None
         self.resumed = time.perf_counter()
         for step in range(start + 1, self.last + 1):
@@ -202,11 +197,11 @@ class Trainer:
     def evaluation_due(self, step: int) -> bool:
         every = self.config.training.eval_every
         due = step == self.last or (every > 0 and step % every == 0)
-        return due and len(self.windows) > 0 and step not in self.log.evaluated
+        return due and len(self.held_out) > 0
 
     def evaluate(self, step: int, state: TrainState) -> bool:
         """Measure the averaged parameters on held-out text; False when a stop comes first, and the next run does it."""
-        figures = evaluate(self.eval_step, state.model, self.windows, self.tokenizer, lambda: self.stopping)
+        figures = evaluate(self.eval_step, state.model, self.held_out, self.tokenizer, lambda: self.stopping)
         if figures is None:
             return False
         if not math.isfinite(loss := figures["val_loss"]):

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.data.loader import EvalWindows
+from jaxgpt.data.loader import Batch
 from jaxgpt.data.shards import Corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.files import append, write_atomically
@@ -37,14 +37,13 @@ class MetricsLog(contextlib.ExitStack):
         super().__init__()
         self._wandb = self.enter_context(_start_wandb(config)) if config.training.wandb else None
         path = config.run_path / "metrics.jsonl"
-        kept, self.evaluated = list[bytes](), set[int]()
+        kept, self.evaluated = list[bytes](), False  # whether there is a measurement of held-out text at `step`
         for line in path.read_bytes().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a dying machine tore is no record
                 record = json.loads(line)
                 if record["step"] <= step:
                     kept.append(line + b"\n")
-                    if "val_loss" in record:
-                        self.evaluated.add(record["step"])
+                    self.evaluated |= record["step"] == step and "val_loss" in record
         write_atomically(path, b"".join(kept))
         self.file = self.enter_context(path.open("ab", buffering=0))
         # Not tensorboardX's SummaryWriter: it writes in a thread, which a full disk ends, and training waits for ever.
@@ -57,8 +56,6 @@ class MetricsLog(contextlib.ExitStack):
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; it holds `step`, and numbers. A full disk raises OSError and leaves whole lines only."""
         append(self.file, json.dumps(record, allow_nan=False).encode() + b"\n")
-        if "val_loss" in record:
-            self.evaluated.add(record["step"])
         numbers = {name: value for name, value in record.items() if name != "step"}
         scalars = [Summary.Value(tag=name.replace("val_", "val/"), simple_value=x) for name, x in numbers.items()]
         append(self._board, _event(step=record["step"], summary=Summary(value=scalars)))
@@ -93,22 +90,22 @@ def evaluation_figures(record: dict[str, Any], corpora: list[Corpus]) -> str:
 
 
 def evaluate(
-    step: Callable[..., Array], model: Transformer, windows: EvalWindows, tokenizer: Tokenizer, stop: Callable[[], bool]
+    step: Callable, model: Transformer, held_out: Sequence[Batch], tokenizer: Tokenizer, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """`val_loss` in nats a token, `val_bits_per_byte` and its standard error; None when `stop()` says so. The bits are
     those of all tokens over the UTF-8 bytes that they stand for. The standard error is that of a ratio estimator over
     windows, which are taken as independent (Cochran, Sampling Techniques, 2.11)."""
     lengths = np.array([len(raw) for raw in tokenizer.token_bytes])
-    batches: list[tuple[Array | np.ndarray, ...]] = []  # nats, tokens and bytes of each row
-    for index in range(len(windows)):
+    measured: list[tuple[Array | np.ndarray, ...]] = []  # nats, tokens and bytes of each row
+    for index in range(len(held_out)):  # Grain's own iterator would read 500 batches ahead, in 16 threads
         if stop():
             return None
-        batch = windows[index]
+        batch = held_out[index]
         real = batch.labels >= 0
         byte_counts = np.where(real, lengths[batch.labels], 0).sum(1)
-        jax.block_until_ready(batches[-1:])  # the one before, which ran while this one was read
-        batches.append((step(model, place(batch, "BT")), real.sum(1), byte_counts))
-    nats, tokens, sizes = (np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True))
+        jax.block_until_ready(measured[-1:])  # the one before, which ran while this one was read
+        measured.append((step(model, place(batch, "BT")), real.sum(1), byte_counts))
+    nats, tokens, sizes = (np.concatenate(column).astype(np.float64) for column in zip(*measured, strict=True))
     rows, bits = np.count_nonzero(sizes), nats.sum() / math.log(2) / sizes.sum()
     spread = np.square(nats / math.log(2) - bits * sizes).sum() * rows / max(rows - 1, 1)
     figures = nats.sum() / tokens.sum(), bits, math.sqrt(spread) / sizes.sum()

@@ -28,10 +28,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     match config.schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio)
-        case "linear":
-            after = optax.linear_schedule(peak, final, rest)
-        case "wsd":
-            decay = min(max(int(steps * config.decay_fraction), 1), rest)
+        case "linear" | "wsd":
+            decay = rest if config.schedule == "linear" else min(max(int(steps * config.decay_fraction), 1), rest)
             after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     # Step 0 already learns: its rate is peak / (warmup + 1), not 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
@@ -55,9 +53,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         case "lion":
             rule = optax.scale_by_lion(config.beta1, config.beta2)
         case "adafactor":
-            rule = optax.chain(
-                optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-            )
+            rule = optax.adafactor(-1.0)  # whose sign, as muon's, is that of an update
         case "muon":
             axes = dict(muon_weight_dimension_numbers=_of_each(_muon_dimensions), consistent_rms=0.2)
             orthogonal = muon(-1.0, beta=config.beta1, eps=config.epsilon, **axes)
@@ -78,8 +74,6 @@ def _sharded_by_compiler(rule: optax.GradientTransformation) -> optax.GradientTr
     """Let the compiler lay out what is inside an update: Muon's products contract over axes that are cut."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if jax.sharding.get_abstract_mesh().empty:
-            return rule.update(updates, state, params)
         layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
         return jax.sharding.auto_axes(rule.update, out_sharding=layout)(updates, state, params)
 

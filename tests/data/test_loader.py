@@ -1,12 +1,14 @@
 """Batches are a pure function of seed and step, cover each epoch once, and never mix documents."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxgpt.data.loader import Batch, EvalWindows, Loader, make_batch
+from jaxgpt.data.loader import Batch, evaluation_batches, make_batch, read_ahead, training_batches
 from jaxgpt.data.shards import Corpus, TokenStream
 from jaxgpt.errors import BadFileError, ConfigError
 
@@ -26,8 +28,10 @@ def corpus(tokens: int = 1000, seed: int = 0, val: int = 0, vocab_size: int = 2*
     return Corpus(f"corpus {seed}", Path(), vocab_size, train, held_out, 0, 0, "")
 
 
-def loader(corpora: list[Corpus], weights: tuple[float, ...] = (), batch_size: int = 8, **options: object) -> Loader:
-    return Loader(corpora, weights, batch_size=batch_size, sequence_length=T, **({"seed": 3} | options))  # type: ignore[arg-type]
+def loader(
+    corpora: list[Corpus], weights: tuple[float, ...] = (), batch_size: int = 8, seed: int = 3
+) -> Sequence[Batch]:
+    return training_batches(corpora, weights, batch_size=batch_size, sequence_length=T, seed=seed)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -68,7 +72,6 @@ def test_a_label_is_the_next_token_of_the_same_document() -> None:
 
 def test_an_epoch_visits_every_window_once_in_another_order_each_time() -> None:
     data = loader([corpus(64 * T + 5)], batch_size=4)
-    assert data.steps_per_epoch == 16
     epochs = [
         [data[step].tokens[row, 0] // T for step in range(e * 16, e * 16 + 16) for row in range(4)] for e in range(3)
     ]
@@ -94,14 +97,13 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
         assert equal(one[step], other[step])
     assert not equal(one[3], one[4])
     assert not equal(one[3], loader(corpora, (0.7, 0.3), seed=4)[3])
-    iterator = one.iterate(5)
+    iterator = read_ahead(one, 5)
     assert all(equal(next(iterator), other[step]) for step in range(5, 25))
 
 
-def drawn(data: Loader, step: int) -> np.ndarray:
+def drawn(data: Any, step: int) -> np.ndarray:
     """(number of the corpus, first token) of each row, [2, B]."""
-    size = data._batch_size
-    rows = [data._order[draw] for draw in range(step * size, (step + 1) * size)]
+    rows = data.parents[0][step]  # which the last function makes a batch of
     return np.array([(int(corpus.name.split()[1]), begin) for corpus, begin in rows]).T
 
 
@@ -123,7 +125,7 @@ def test_the_mixture_has_its_weights_at_any_moment() -> None:
 
 def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
     corpora = [corpus(100, 0, val=357), corpus(100, 5, val=90)]
-    windows = EvalWindows(corpora, batch_size=4, sequence_length=T)
+    windows = evaluation_batches(corpora, batch_size=4, sequence_length=T)
     batches = [windows[i] for i in range(len(windows))]
     tokens, labels, segments, positions = (np.concatenate(fields) for fields in zip(*batches, strict=True))
     assert len(windows) == -(-(23 + 6) // 4) and tokens.shape == (32, T)
@@ -131,11 +133,9 @@ def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
     starts = [len(set(c.val.starts.tolist()) - {0}) for c in corpora]
     assert (labels >= 0).sum() == 357 - 1 - starts[0] + 90 - 1 - starts[1]
     assert (labels[segments == 0] == -1).all() and (positions[segments == 0] == 0).all()
-    with pytest.raises(IndexError):
-        windows[8]
-    some = EvalWindows(corpora, batch_size=4, sequence_length=T, batches=2)
+    some = evaluation_batches(corpora, batch_size=4, sequence_length=T, batches=2)
     assert len(some) == 2 and np.diff(some[0].tokens[:, 0]).tolist() == [48, 64, 48]
-    assert len(EvalWindows([corpus(100)], batch_size=4, sequence_length=T)) == 0
+    assert len(evaluation_batches([corpus(100)], batch_size=4, sequence_length=T)) == 0
 
 
 def test_errors() -> None:
@@ -148,8 +148,8 @@ def test_errors() -> None:
     with pytest.raises(BadFileError, match=r"corpus 0, training step 0: token \d+ is outside the vocabulary of 500"):
         loader([corpus(vocab_size=500)], batch_size=60)[0]
     with pytest.raises(BadFileError, match=r"evaluation batch 0: token \d+ is outside the vocabulary of 50"):
-        EvalWindows([corpus(val=99, vocab_size=50)], batch_size=4, sequence_length=T)[0]
-    iterator = loader([corpus(vocab_size=500)], batch_size=60).iterate()
+        evaluation_batches([corpus(val=99, vocab_size=50)], batch_size=4, sequence_length=T)[0]
+    iterator = read_ahead(loader([corpus(vocab_size=500)], batch_size=60))
     with pytest.raises(BadFileError, match="training step 0"):
         next(iterator)
 
@@ -157,7 +157,7 @@ def test_errors() -> None:
 @pytest.mark.parametrize("length", [256, 1024])
 def test_millions_of_tokens_a_second_on_one_core(length: int) -> None:
     """5 million and more were measured; a busy machine gets 2, at the best of up to 25 moments."""
-    data = Loader([corpus(2_000_000)], (), batch_size=32, sequence_length=length, seed=0)
+    data = training_batches([corpus(2_000_000)], (), batch_size=32, sequence_length=length, seed=0)
     best = 0.0
     for attempt in range(25):
         started = time.process_time()

@@ -14,7 +14,7 @@ from jaxgpt.interop.configs import Family, read_config, write_config
 from jaxgpt.interop.load import Layout
 from jaxgpt.interop.tensors import read_safetensors
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.tokenizer.base import SPACE, Kind
+from jaxgpt.tokenizer.base import SPACE, Kind, model_pb2
 from jaxgpt.tokenizer.spm import SentencePieceTokenizer
 
 Json = dict[str, Any]
@@ -95,7 +95,8 @@ def tokenizer_settings(tokenizer: Tokenizer, vocab_size: int | None = None, pre:
     own: Json = {"model": "gpt2", "pre": pre, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
     if isinstance(tokenizer, SentencePieceTokenizer):
         own |= {"model": "llama", "pre": "default", "add_space_prefix": bool(tokenizer.prefix)}
-        own |= {"scores": tokenizer.scores + [-1e6] * missing, "unknown_token_id": kinds.index(Kind.UNKNOWN)}
+        scores = [piece.score for piece in model_pb2.ModelProto.FromString(tokenizer.model_bytes).pieces]
+        own |= {"scores": scores + [-1e6] * missing, "unknown_token_id": kinds.index(Kind.UNKNOWN)}
         defined = [i for i, kind in enumerate(kinds) if kind == Kind.USER_DEFINED]
         for i in defined:
             tokens[i] = tokens[i].replace(SPACE, " ")

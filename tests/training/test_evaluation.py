@@ -5,7 +5,7 @@ import gzip
 import json
 import math
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import DataConfig, TokenizerConfig, TrainConfig
-from jaxgpt.data.loader import EvalWindows
+from jaxgpt.data.loader import Batch, evaluation_batches
 from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.data.shards import Corpus
 from jaxgpt.model import Transformer
@@ -38,8 +38,8 @@ class Case:
     texts: list[str]
     """The held-out documents as they were written."""
 
-    def windows(self, batches: int = 0) -> EvalWindows:
-        return EvalWindows([self.corpus], batch_size=8, sequence_length=64, batches=batches)
+    def windows(self, batches: int = 0) -> Sequence[Batch]:
+        return evaluation_batches([self.corpus], batch_size=8, sequence_length=64, batches=batches)
 
     def evaluate(self, mesh_of: Callable[..., Any], *sizes: int, batches: int = 0) -> dict[str, float]:
         with mesh_of(*sizes):

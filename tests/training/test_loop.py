@@ -24,7 +24,6 @@ import pytest
 from jaxgpt import cli
 from jaxgpt.checkpoint import restore_model
 from jaxgpt.config import MeshConfig, TrainConfig
-from jaxgpt.data.loader import EvalWindows
 from jaxgpt.errors import Stopped, StorageError, TrainingError, run_command
 from jaxgpt.model import Transformer
 from jaxgpt.run import read_config
@@ -123,15 +122,15 @@ def test_a_stop_during_evaluation_leaves_it_to_the_next_run(
     tiny: TrainConfig, finished: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In the middle of the first evaluation, again when that is made up for, and in the very last one."""
-    read_batch = EvalWindows.__getitem__
+    held_out = loop.evaluation_batches
     interrupted = iter([True, True, False, False, False, True, False])
 
-    def read(self: EvalWindows, index: int) -> Any:
+    def read(index: int, batch: Any) -> Any:
         if index == 1 and next(interrupted):
             interrupt()
-        return read_batch(self, index)
+        return batch
 
-    monkeypatch.setattr(EvalWindows, "__getitem__", read)
+    monkeypatch.setattr(loop, "evaluation_batches", lambda *a, **more: held_out(*a, **more).map_with_index(read))
     config = with_options(tiny, tmp_path / "run")
     for step in (5, 5, 20):
         stopped = command("train.py", config)

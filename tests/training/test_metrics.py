@@ -55,12 +55,15 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut(config: TrainConfig
     (config.run_path / "metrics.jsonl").write_text(text + "\n".join(torn))
     log = MetricsLog(config, 4)
     assert lines(config) == kept
-    assert log.evaluated == {2}
+    assert not log.evaluated
     log.write(record(5))
     log.write({"step": 5, "val_loss": 4.5})
     log.close()
     assert lines(config) == [*kept, record(5), {"step": 5, "val_loss": 4.5}]
-    assert log.evaluated == {2, 5}
+    for step, evaluated in ((5, True), (2, True), (1, False)):
+        log = MetricsLog(config, step)
+        assert log.evaluated == evaluated
+        log.close()
     MetricsLog(config, 0).close()
     assert lines(config) == []
 
