@@ -45,9 +45,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class Operation(NamedTuple):
-    """An operation at one shape."""
-
-    letters: str  # that its shape is made of
+    letters: str  # that the shape is made of
     inputs: tuple  # arrays, or trees of them
     differentiable: tuple[int, ...]  # inputs; none where there is no backward pass
     flops: float

@@ -47,20 +47,15 @@ def rotary_kinds(config: ModelConfig, length: int) -> tuple[np.ndarray, tuple[in
     return np.stack(tables), tuple(map(kinds.index, layers))
 
 
-def rotations_of(
-    config: ModelConfig, positions_BT: Array, length: int | Array
-) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
-    """The rotation of each kind, and which one each layer uses, in texts of up to `length` tokens: one number for all
-    or one for each row. Longrope's attention factor multiplies cosines and sines."""
+def rotations_of(config: ModelConfig, positions_BT: Array, length: int | Array) -> tuple[Rotation, tuple[int, ...]]:
+    """The rotations of all kinds, along a first axis, and which one each layer uses, in texts of up to `length` tokens:
+    one number for all or one for each row. Longrope's attention factor multiplies cosines and sines."""
     (short, layers), (long, _) = (rotary_kinds(config, length) for length in (0, 2**31))
     is_long_1B1 = jnp.reshape(length > config.rope_original_context, (1, -1, 1))
+    tables = jnp.where(is_long_1B1, long[:, None], short[:, None])[:, :, None, None]
+    angles = positions_BT[None, :, :, None, None].astype(jnp.float32) * tables
     factor = config.rope_attention_factor if config.rope_scaling == "longrope" else 1.0
-
-    def rotation(table_BK: Array) -> Rotation:
-        angles = positions_BT[:, :, None, None].astype(jnp.float32) * table_BK[:, None, None]
-        return factor * jnp.cos(angles), factor * jnp.sin(angles)
-
-    return tuple(map(rotation, jnp.where(is_long_1B1, long[:, None], short[:, None]))), layers
+    return (factor * jnp.cos(angles), factor * jnp.sin(angles)), layers
 
 
 def rotate(x_BTHK: Array, rotation: Rotation) -> Array:

@@ -17,7 +17,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import LayerCache, attention_mask, cached_attention, causal_attention, chosen_form
 from jaxgpt.kernels.cross_entropy import output_logits
 from jaxgpt.model.layers import Block, Norm, Projection, dropout, normal, sinusoids, weight
-from jaxgpt.model.rotary import Rotation, rotations_of
+from jaxgpt.model.rotary import rotations_of
 from jaxgpt.sharding import out_sharding, shard
 
 Cache = tuple[LayerCache, ...]  # a pair of arrays [B, S, G, K] for each layer, so that each is updated in place
@@ -68,7 +68,7 @@ class Transformer(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = dropout(self._embed(tokens_BT, positions_BT), self.config.dropout, keys[0])
         length = tokens_BT.shape[1] if cache is None else cache[0][0].shape[1]
-        rotations: tuple[tuple, tuple] = (None,), (0,) * self.config.n_layers  # the kinds, and that of each layer
+        rotations: tuple = None, (0,) * self.config.n_layers  # of all kinds, and the kind of each layer
         if self.config.positions == "rotary":
             rotations = rotations_of(self.config, positions_BT, length if lengths_B is None else lengths_B)
         losses = None
@@ -101,7 +101,8 @@ class Transformer(nnx.Module):
         config, (rotations, kinds) = self.config, rotations
         form, _ = chosen_form(config, x_BTD.shape[1])
 
-        def run(x_BTD: Array, layer: Block, window: Any, rotation: Rotation | None, key: Any) -> tuple:
+        def run(x_BTD: Array, layer: Block, window: Any, kind: Any, key: Any) -> tuple:
+            rotation = jax.tree.map(lambda each: each[kind], rotations)
             attend = functools.partial(causal_attention, form, segments_BT=segments_BT, window=window)
             whole: Callable = functools.partial(Block.__call__, attend=attend)  # no argument, so that an int stays one
             if config.remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
@@ -112,18 +113,15 @@ class Transformer(nnx.Module):
         if not config.scan_layers or isinstance(self.layers, tuple):
             each = []
             for i, layer in enumerate(self.unstacked().layers):  # type: ignore[arg-type]
-                x_BTD, losses = run(x_BTD, layer, windows[i], rotations[kinds[i]], None if keys is None else keys[i])
+                x_BTD, losses = run(x_BTD, layer, windows[i], kinds[i], None if keys is None else keys[i])
                 each.append(losses)
             return x_BTD, jnp.stack(each).mean(0) if config.n_experts else None
         # What all layers share is a constant of the compiled layer.
-        window_L = None if len(set(windows)) == 1 else jnp.array(windows)
-        kind_L = None if len(rotations) == 1 else jnp.array(kinds)
-        stacked = None if kind_L is None else jax.tree.map(lambda *each: jnp.stack(each), *rotations)
+        window_L, kind_L = (None if len(set(each)) == 1 else jnp.array(each) for each in (windows, kinds))
 
         def step(x_BTD: Array, inputs: tuple) -> tuple[Array, Array | None]:
             layer, window, kind, key = inputs
-            rotation = rotations[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked)
-            return run(x_BTD, layer, windows[0] if window is None else window, rotation, key)
+            return run(x_BTD, layer, windows[0] if window is None else window, 0 if kind is None else kind, key)
 
         x_BTD, losses_L2 = jax.lax.scan(step, x_BTD, (self.layers, window_L, kind_L, keys))
         return x_BTD, None if losses_L2 is None else losses_L2.mean(0)
@@ -137,7 +135,8 @@ class Transformer(nnx.Module):
             attend = jax.tree_util.Partial(
                 cached_attention, cache=old, positions_BT=positions_BT, mask_BTS=masks[window]
             )
-            x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, attend, rotations[0][kind], None)
+            rotation = jax.tree.map(lambda each, kind=kind: each[kind], rotations[0])
+            x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, attend, rotation, None)
             new.append(layer_cache)
         return x_BTD, tuple(new)
 

@@ -76,7 +76,7 @@ def test_longrope_divides_each_frequency_by_its_own_factor(length: int) -> None:
 def test_longrope_multiplies_queries_and_keys() -> None:
     config = config_of(**LONG)
     positions = jnp.arange(5, dtype=jnp.int32)[None]
-    ((cos, sin),), _ = rotations_of(config, positions, 5)
+    (cos, sin), _ = rotations_of(config, positions, 5)
     np.testing.assert_allclose(jnp.square(cos) + jnp.square(sin), np.full(cos.shape, 1.25**2), rtol=1e-5)
 
 
@@ -98,8 +98,8 @@ def turned(x: np.ndarray, table: list[float]) -> np.ndarray:
 def test_only_the_first_dimensions_of_a_head_turn(fraction: float) -> None:
     config = config_of(rope_fraction=fraction, rope_theta=100.0)
     x = np.random.default_rng(0).standard_normal((7, 32))
-    (rotation,), _ = rotations_of(config, jnp.arange(7, dtype=jnp.int32)[None], 7)
-    out = rotate(jnp.asarray(x, jnp.float32)[None, :, None], rotation)
+    (cos, sin), _ = rotations_of(config, jnp.arange(7, dtype=jnp.int32)[None], 7)
+    out = rotate(jnp.asarray(x, jnp.float32)[None, :, None], (cos[0], sin[0]))
     width = int(32 * fraction)
     assert config.rotary_dim == width
     np.testing.assert_allclose(out[0, :, 0], turned(x, plain(width, 100.0)), rtol=0, atol=2e-6)
@@ -109,8 +109,8 @@ def test_only_the_first_dimensions_of_a_head_turn(fraction: float) -> None:
 def test_far_positions_keep_float32_angles_in_bfloat16() -> None:
     """At position 4,000 a bfloat16 angle would be off by 16 radians."""
     x = np.random.default_rng(0).standard_normal((1, 1, 1, 32))
-    (rotation,), _ = rotations_of(config_of(), jnp.array([[4001]], jnp.int32), 1)
-    near = rotate(jnp.asarray(x, jnp.bfloat16), rotation)
+    (cos, sin), _ = rotations_of(config_of(), jnp.array([[4001]], jnp.int32), 1)
+    near = rotate(jnp.asarray(x, jnp.bfloat16), (cos[0], sin[0]))
     angles = [4001 * f for f in plain(32, 1e4)]
     first, second = x[0, 0, 0, :16], x[0, 0, 0, 16:]
     expected = np.concatenate(

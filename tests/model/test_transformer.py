@@ -364,7 +364,8 @@ def test_rotary_positions_are_relative() -> None:
 def test_rotation_keeps_lengths_and_starts_from_none() -> None:
     x_BTHK = jax.random.normal(jax.random.key(0), (B, T, 3, 8))
     config = tiny(positions="rotary", head_dim=8, rope_theta=100.0)
-    turned = jax.jit(lambda x_BTHK: rotate(x_BTHK, rotations_of(config, at(0, T), T)[0][0]))(x_BTHK)
+    cos, sin = rotations_of(config, at(0, T), T)[0]
+    turned = jax.jit(rotate)(x_BTHK, (cos[0], sin[0]))
     np.testing.assert_array_equal(turned[:, 0], x_BTHK[:, 0])
     lengths = [np.linalg.norm(np.reshape(a, (B, T, 3, 2, 4)), axis=3) for a in (turned, x_BTHK)]
     np.testing.assert_allclose(lengths[0], lengths[1], rtol=1e-5)
