@@ -18,16 +18,13 @@ class Bar(Progress):
 
     def __init__(self, what: str, total: int, done: int, *, stderr: bool = False) -> None:
         columns = TextColumn(what), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
-        console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
+        console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
         super().__init__(*columns, console=console, disable=not console.is_terminal, expand=True)
         self.add_task(what, total=total, completed=done, figures="")
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
 
     def show(self, done: int, figures: str, *, due: bool) -> None:
         """Show how far it is; where there is no terminal, in a line, if that is `due`."""
         (task,) = self.tasks
         self.update(task.id, completed=done, figures=figures)
         if due and self.disable:
-            self.say(f"{task.description} {done}/{task.total}  {figures}")
+            self.console.print(f"{task.description} {done}/{task.total}  {figures}")

@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import MeshConfig, ModelConfig, TrainConfig, load_preset
 from jaxgpt.data.loader import Batch
-from jaxgpt.generation.beams import beam_search
-from jaxgpt.generation.decode import Forms, Slots, decode, empty_slots, prefill
+from jaxgpt.generation.decode import Forms, Slots, beam_search, decode, empty_slots, prefill
 from jaxgpt.generation.engine import CHUNK, STEPS_PER_DISPATCH
 from jaxgpt.model import Transformer
 from jaxgpt.run import with_vocabulary

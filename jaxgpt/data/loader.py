@@ -44,21 +44,21 @@ def make_batch(rows: Sequence[tuple[TokenStream, int]], length: int) -> Batch:
 
 
 def training_batches(
-    corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, sequence_length: int, seed: int
+    corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, length: int, seed: int
 ) -> Sequence[Batch]:
     """Training batches without end; `batches[step]` makes one. weights: shares of the rows, or else those of the
     tokens. Raises ConfigError for less than one sequence."""
     for corpus in corpora:
-        if len(corpus.train) <= sequence_length:
-            why = f"{len(corpus.train)} training tokens are fewer than one sequence of {sequence_length} and its"
+        if len(corpus.train) <= length:
+            why = f"{len(corpus.train)} training tokens are fewer than one sequence of {length} and its"
             raise ConfigError(f"data {corpus.name}: {why} last label; lower model.context_length or add text")
-    counts = [(len(corpus.train) - 1) // sequence_length for corpus in corpora]  # a last label is the token after
+    counts = [(len(corpus.train) - 1) // length for corpus in corpora]  # a last label is the token after
     seeds = np.random.SeedSequence(seed).generate_state(len(corpora)).tolist()
     orders = [
-        grain.MapDataset.range(count).shuffle(seed=own).repeat().map(lambda i, c=corpus: (c, i * sequence_length))
+        grain.MapDataset.range(count).shuffle(seed=own).repeat().map(lambda i, c=corpus: (c, i * length))
         for corpus, count, own in zip(corpora, counts, seeds, strict=True)
     ]
-    return _read(grain.MapDataset.mix(orders, weights or counts), "train", batch_size, sequence_length)
+    return _read(grain.MapDataset.mix(orders, weights or counts), "train", batch_size, length)
 
 
 def read_ahead(batches: Sequence[Batch], start_step: int = 0) -> Iterator[Batch]:
@@ -67,17 +67,15 @@ def read_ahead(batches: Sequence[Batch], start_step: int = 0) -> Iterator[Batch]
     return iter(batches[start_step:].to_iter_dataset(options))  # type: ignore[attr-defined]
 
 
-def evaluation_batches(
-    corpora: Sequence[Corpus], *, batch_size: int, sequence_length: int, batches: int = 0
-) -> Sequence[Batch]:
+def evaluation_batches(corpora: Sequence[Corpus], *, batch_size: int, length: int, batches: int = 0) -> Sequence[Batch]:
     """The held-out windows of every corpus in order, never shuffled; rows after the last one are padding. batches: take
     only this many, evenly spaced over all windows; 0 takes all."""
-    windows = [(corpus, i) for corpus in corpora for i in range(0, len(corpus.val) - 1, sequence_length)]
+    windows = [(corpus, i) for corpus in corpora for i in range(0, len(corpus.val) - 1, length)]
     count, wanted = len(windows), batches * batch_size
     if 0 < wanted < count:
         windows = [windows[i * count // wanted] for i in range(wanted)]
     windows += [(corpora[-1], len(corpora[-1].val))] * (-len(windows) % batch_size)  # nothing but padding
-    return _read(grain.MapDataset.source(windows), "val", batch_size, sequence_length)
+    return _read(grain.MapDataset.source(windows), "val", batch_size, length)
 
 
 def _read(rows: Any, split: str, batch_size: int, length: int) -> Any:

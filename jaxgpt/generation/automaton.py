@@ -42,8 +42,7 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
 
 
 def _numbered(found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Int16 [N + 1, 256]: the state that each byte leads to, where state N is that nothing matches any more; and the
-    states in which a text is complete."""
+    """Int16 [N + 1, 256]: the state that each byte leads to, N when nothing matches any more; and the complete ones."""
     count, number = len(found["next"]), {found["first"]: 0}
     for state in found["next"]:
         number.setdefault(int(state), len(number))

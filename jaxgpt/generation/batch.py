@@ -119,10 +119,9 @@ def answer(line: Line, completions: Sequence[Completion]) -> Json:
 
 def error_answer(raw: bytes, number: int, message: str) -> Json:
     """The output of a line that is wrong, under its own id where that can be read."""
-    try:
+    value: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(raw, parse_constant=int)
-    except (ValueError, RecursionError):
-        value = None
     error, value = {"message": message, "line": number}, value if isinstance(value, dict) else {}
     if "custom_id" in value:
         return {"custom_id": value["custom_id"], "response": None, "error": error}

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.generation.sampling import MAX_ALTERNATIVES, NO_RULES, Rules, choose
+from jaxgpt.generation.sampling import MAX_ALTERNATIVES, NO_RULES, Rules, choose, edit
+from jaxgpt.kernels.attention import write_rows
 from jaxgpt.model import Cache, Transformer, new_cache
 from jaxgpt.sharding import out_sharding, shard
 
@@ -26,7 +27,6 @@ Forms = tuple[Array, Array]
 Recorded = tuple[Array, Array, Array]
 Models = tuple[Transformer, ...]  # the one that writes, and behind it a smaller one where that is to guess
 _read = jax.vmap(lambda row, places: row.at[places].get(mode="clip"))
-_write = jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))  # what is beyond a row is left out
 
 
 class Slots(NamedTuple):
@@ -125,7 +125,7 @@ def prefill(models: Models, slots: Slots, which: tuple[Array, ...], chunk: int, 
     if score:  # a program of its own: the last layer's products, but for its keys and values, are for this alone
         of_each = jax.vmap(functools.partial(_log_probabilities, count=recorded[1].shape[-1]))
         told = of_each(models[0].logits(read[0][0]), labels_QC)
-        written = lambda x, new: put(x, _write(take(x, chosen_Q), positions_QC + 1, new))  # noqa: E731
+        written = lambda x, new: put(x, write_rows(take(x, chosen_Q), positions_QC + 1, new))  # noqa: E731
         recorded = jax.tree.map(written, recorded, told)
     caches = jax.tree.map(put, slots.caches, tuple(cache for _, cache, _ in read))
     return slots._replace(caches=caches, recorded=recorded)
@@ -193,7 +193,7 @@ def _draft(model: Transformer, slots: Slots, newest_B1: Array, count: int) -> tu
         places_BT = jnp.where(places_BT < 0, tokens_BS.shape[1], places_BT)  # which is not written
         x_BTD, cache, _ = model(tokens_BT, places_BT, cache=cache, lengths_B=slots.rules.end)
         token_B = choose(model.logits(x_BTD[:, 1:])[:, 0], slots.rules, tokens_BS, lengths_B)
-        return (_write(tokens_BS, lengths_B, token_B), lengths_B + 1, cache), token_B
+        return (write_rows(tokens_BS, lengths_B, token_B), lengths_B + 1, cache), token_B
 
     begin = slots.tokens_BS, slots.lengths_B, slots.caches[1]
     (*_, cache), guessed_GB = jax.lax.scan(further, begin, length=count)
@@ -231,14 +231,58 @@ def _append(forms: Forms, carry: tuple[Slots, Array], inputs: tuple[Array, Array
 
     def record(old: Recorded) -> Recorded:
         new = _log_probabilities(logits_BV, token_B, old[1].shape[-1])
-        return jax.tree.map(lambda x, value: _write(x, place_B, value), old, new)
+        return jax.tree.map(lambda x, value: write_rows(x, place_B, value), old, new)
 
     recorded = jax.lax.cond((live_B & rules.logprobs).any(), record, lambda old: old, recorded)
     lengths_B = slots.lengths_B + live_B
     ends_B = (token_B[:, None] == rules.end_ids_E).any(-1) & (lengths_B > rules.first_end)
     done_B = slots.done_B | failed_B | (live_B & (ends_B | (lengths_B >= rules.end)))
     slots = slots._replace(
-        tokens_BS=_write(slots.tokens_BS, place_B, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
+        tokens_BS=write_rows(slots.tokens_BS, place_B, token_B), recorded=recorded, lengths_B=lengths_B, done_B=done_B,
         states_B=jnp.where(live_B, next_B, slots.states_B), failed_B=slots.failed_B | failed_B,
     )  # fmt: skip
     return slots, live_B & ~done_B & (token_B == expected_B)
+
+
+@jax.jit
+def beam_search(model: Transformer, slots: Slots, length_penalty: Array) -> tuple[Array, Array, Array]:
+    """Continue the text of slot 0 by as many beams as there are slots: complete texts [B, S], the best first, their
+    lengths [B], and whether logits were not finite, which ends it. A score is the sum of the new tokens'
+    log-probabilities over their number to the power of `length_penalty`. The rule is that of transformers: of all
+    continuations the best B are taken; those of them that end are complete, and the best B that do not end go on, while
+    the first of these, as it is, scores more than the last of B complete texts."""
+    whole = lambda x: shard(x, "____"[: x.ndim])  # noqa: E731
+    rules = jax.tree.map(lambda x: jnp.broadcast_to(whole(x)[0], x.shape), slots.rules)
+    (B, S), V, end = slots.tokens_BS.shape, model.config.vocab_size or 0, rules.end[0]
+    ends_V = jnp.zeros(V, bool).at[jnp.where(rules.end_ids_E[0] < 0, V, rules.end_ids_E[0])].set(True, mode="drop")
+
+    def step(carry: tuple) -> tuple:
+        texts_BS, length, totals_B, cache, complete, _ = carry
+        places_BT = jnp.full((B, 1), length - 1)
+        read_BT = shard(jnp.take_along_axis(texts_BS, places_BT, 1), "BT")
+        x_BTD, cache, _ = model(read_BT, shard(places_BT, "BT"), cache=cache, lengths_B=slots.rules.end)
+        logits_BV = whole(model.logits(x_BTD)[:, 0])
+        log_p_BV = edit(jax.nn.log_softmax(logits_BV), rules, texts_BS, jnp.full(B, length))
+        totals_BV = totals_B[:, None] + log_p_BV + 0 * logits_BV.sum()  # NaN, which ends it, where one is not finite
+
+        def best(totals_BV: Array) -> tuple[Array, Array, Array, Array]:
+            totals_B, at_B = jax.lax.top_k(totals_BV.reshape(-1), B)
+            return totals_B, at_B // V, at_B % V, texts_BS[at_B // V].at[:, length].set(at_B % V)
+
+        per_token = 1 / (length + 1 - rules.prompt_length[0]) ** length_penalty
+        is_last_V = ends_V | (length + 1 >= end)
+        sums_B, _, tokens_B, ended_BS = best(totals_BV)
+        scores_B = jnp.where(is_last_V[tokens_B], sums_B * per_token, -jnp.inf)
+        ended = ended_BS, jnp.full(B, length + 1), scores_B
+        texts_NS, lengths_N, scores_N = jax.tree.map(lambda *each: jnp.concatenate(each), complete, ended)
+        scores_B, order_B = jax.lax.top_k(scores_N, B)
+        totals_B, from_B, _, texts_BS = best(jnp.where(is_last_V, -jnp.inf, totals_BV))
+        cache = jax.tree.map(lambda x: x.at[from_B].get(out_sharding=jax.typeof(x).sharding.spec), cache)
+        complete = texts_NS[order_B], lengths_N[order_B], scores_B
+        return texts_BS, length + 1, totals_B, cache, complete, totals_B[0] * per_token > scores_B[-1]
+
+    texts_BS, none_B = jnp.broadcast_to(whole(slots.tokens_BS)[0], (B, S)), jnp.full(B, -jnp.inf)
+    complete = texts_BS, rules.prompt_length, none_B
+    begin = texts_BS, rules.prompt_length[0], none_B.at[0].set(0), slots.caches[0], complete, jnp.array(True)
+    *_, totals_B, _, (texts_BS, lengths_B, _), _ = jax.lax.while_loop(lambda carry: carry[-1], step, begin)
+    return texts_BS, lengths_B, jnp.isnan(totals_B[0])

@@ -21,8 +21,7 @@ from jax import Array
 
 from jaxgpt.errors import ConfigError, require
 from jaxgpt.generation.automaton import token_table
-from jaxgpt.generation.beams import beam_search
-from jaxgpt.generation.decode import Forms, Slots, admit, decode, empty_slots, prefill, resize
+from jaxgpt.generation.decode import Forms, Slots, admit, beam_search, decode, empty_slots, prefill, resize
 from jaxgpt.generation.sampling import MAX_ENDS, NO_RULES, Rules, SamplingParams
 from jaxgpt.model import Transformer, parameter_name
 from jaxgpt.sharding import batch_parts, out_sharding, place
@@ -146,15 +145,15 @@ class Engine:
         self._tokenizer = tokenizer
         self._models = tuple(m if isinstance(m.layers, tuple) else for_decoding(m) for m in (model, draft) if m)
         self._configs = tuple(each.config for each in self._models)
-        context, vocabulary = model.config.context_length, model.config.vocab_size or 0
+        self._context, self._vocabulary = model.config.context_length, model.config.vocab_size or 0
         for other in self._configs[1:]:
             given = f"draft: it has {other.vocab_size} tokens and a context of {other.context_length}"
-            fits = other.vocab_size == vocabulary and other.context_length >= context
-            require(fits, f"{given}, this model {vocabulary} and {context}; take one that has as many")
+            fits = other.vocab_size == self._vocabulary and other.context_length >= self._context
+            require(fits, f"{given}, this model {self._vocabulary} and {self._context}; take one that has as many")
             require(speculate > 0, "draft: speculate, which says how many tokens it guesses, is 0; try 4")
         self._parts = batch_parts()
         self._slots, self._guesses = -(-slots // self._parts) * self._parts, speculate
-        self._spelt = (*tokenizer.token_bytes, *[b""] * vocabulary)[:vocabulary]
+        self._spelt = (*tokenizer.token_bytes, *[b""] * self._vocabulary)[: self._vocabulary]
         # The slots of the last run, and the prompts whose keys and values are in them, to begin others with.
         self._kept: tuple[Slots | None, list[list[int]]] = None, [[]] * self._slots
         self.truncated = 0  # prompts that were cut to fit
@@ -162,9 +161,7 @@ class Engine:
         self.tokens = 0  # generated so far
         self.places = self.used = 0  # slots times passes, and those that brought a text on
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
         """`num_samples` completions of each prompt, prompt after prompt. Raises ConfigError as `requests` does."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         paired = enumerate(zip(prompts, each, strict=True))
@@ -180,16 +177,14 @@ class Engine:
         return ((more.request.sample, more.text) for more in self.run(self.requests(prompt, params)) if more.text)
 
     def room(self, prompt: Prompt) -> int:
-        return self._configs[0].context_length - len(self._ids(prompt))
+        return self._context - len(self._ids(prompt))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return self._tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
 
     def requests(self, prompt: Prompt, params: SamplingParams, tag: int = 0) -> list[Request]:
-        """One for each sample of a prompt, or for all beams. Raises ConfigError, naming it, for what this model cannot
-        take."""
-        ids, context = self._ids(prompt), self._configs[0].context_length
-        vocabulary = self._configs[0].vocab_size or 0
+        """One for each sample, or for all beams. Raises ConfigError, naming it, for what this model cannot take."""
+        ids, context, vocabulary = self._ids(prompt), self._context, self._vocabulary
         require(bool(ids), "the prompt is empty, and this model has no token that begins a text; give it some text")
         named = {"prompt": ids, "logit_bias": dict(params.logit_bias), "stop_token_ids": params.stop_token_ids}
         for name, mentioned in named.items():
@@ -274,8 +269,7 @@ class Engine:
         own = Engine(self._models[0], self._tokenizer, params.beam_width)
         slots = own._fit(None, own._kept[1], len(ids) + params.max_new_tokens)
         slots = own._fill(slots, own._kept[1], {0: request})
-        found = beam_search(self._models[0], slots, np.float32(params.length_penalty))
-        texts_BS, lengths, failed = jax.device_get(found)
+        texts_BS, lengths, failed = jax.device_get(beam_search(self._models[0], slots, params.length_penalty))
         for sample in range(params.num_samples):
             text = _Text(request._replace(sample=sample), self._tokenizer)
             yield text.push(texts_BS[sample], int(lengths[sample]), True, bool(failed))
@@ -284,7 +278,7 @@ class Engine:
     def _fit(self, slots: Slots | None, prompts: list[list[int]], longest: int) -> Slots:
         longest = max(longest, _SHORTEST)
         power = 2 ** math.ceil(math.log2(longest))
-        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._configs[0].context_length)
+        length = min(power * 3 // 4 if longest <= power * 3 // 4 else power, self._context)
         if slots is None:
             return empty_slots(self._configs, self._slots, length)
         if length <= slots.tokens_BS.shape[1] <= 4 * length:  # what prompts begin with stays when texts get shorter
@@ -293,11 +287,11 @@ class Engine:
         return resize(slots, length)
 
     def _fill(self, slots: Slots, prompts: list[list[int]], new: dict[int, Request]) -> Slots:
-        length, context = slots.tokens_BS.shape[1], self._configs[0].context_length
+        length = slots.tokens_BS.shape[1]
         tokens_BS, rules = np.zeros((self._slots, length), np.int32), [NO_RULES] * self._slots
         for slot, (ids, params, ends, _, sample, _) in new.items():
             tokens_BS[slot, : len(ids)] = ids
-            rules[slot] = Rules.of(params, len(ids), context, ends, sample)
+            rules[slot] = Rules.of(params, len(ids), self._context, ends, sample)
         stacked = jax.tree.map(lambda *each: place(np.stack(each), "B_"[: np.ndim(each[0]) + 1]), *rules)
         new_B = place(np.isin(np.arange(self._slots), list(new)), "B")
         slots = admit(slots, new_B, place(tokens_BS, "BS"), stacked)
@@ -351,8 +345,7 @@ def _with_logprobs(done: Completion, request: Request, slots: Slots, slot: int) 
 
 @jax.jit
 def for_decoding(model: Transformer) -> Transformer:
-    """A copy with a tuple of layers, matrices and tables in the compute dtype, on a CPU turned: the same results for
-    half the bytes."""
+    """A copy with a tuple of layers, matrices and tables in the compute dtype (half the bytes), on a CPU turned."""
 
     def cast(path: tuple, p: Array) -> Array:  # norms, biases and routers are used in float32
         name = parameter_name(path)

@@ -18,8 +18,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **more
     """The ids of a conversation in the model's chat template, up to where its answer begins. They are transformers'
     ids, unless a message spells a special token such as `<|im_end|>`: that stays text, so that nobody can write a turn
     of another role. The template then sees another character for the first of the spelling, and text after a special
-    token begins with a space where the tokenizer puts one before every text. Raises ConfigError for a model without a
-    template, else what `render` raises."""
+    token begins with a space where the tokenizer puts one before every text. Raises ConfigError without a template."""
     template, special = tokenizer.chat_template, tokenizer.special_tokens
     if not template:
         raise ConfigError(f"{tokenizer.where}: there is no chat template, so it cannot chat; use generate.py")

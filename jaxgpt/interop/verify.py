@@ -1,5 +1,4 @@
 """Does this model compute the same on every path, on this device? What `jaxgpt verify` measures.
-
 Letters: B batch, T length, V vocabulary."""
 
 import copy

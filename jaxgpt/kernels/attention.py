@@ -18,6 +18,7 @@ from jaxgpt.sharding import out_sharding
 
 Window = int | Array  # 0: all that is before; an array where layers that differ in it are scanned
 Cap = float | None
+write_rows = jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))  # not what is beyond a row
 LayerCache = tuple[Array, Array]  # keys and values, both [B, S, G, K]; position p lives in slot p
 
 
@@ -53,8 +54,7 @@ def cached_attention(
     q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, cache: LayerCache, positions_BT: Array, mask_BTS: Array, **scores: Any
 ) -> tuple[Array, LayerCache]:
     """Attention to a cache, once these keys and values are written into it, at their positions; and the cache."""
-    write = jax.vmap(lambda old, positions, new: old.at[positions].set(new, mode="drop"))
-    cache = write(cache[0], positions_BT, k_BTGK), write(cache[1], positions_BT, v_BTGK)
+    cache = write_rows(cache[0], positions_BT, k_BTGK), write_rows(cache[1], positions_BT, v_BTGK)
     return attention(q_BTHK, *cache, mask_BTS, **scores), cache
 
 

@@ -61,11 +61,9 @@ def constant(axes: str, config: ModelConfig, value: float) -> nnx.Param:
 class Projection(nnx.Module):
     """A linear map written as an einsum, such as `BTD,DHK->BTHK`: its letters give kernel, bias and sharding."""
 
-    def __init__(
-        self, equation: str, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool, residual: bool = False
-    ) -> None:
+    def __init__(self, einsum: str, config: ModelConfig, rngs: nnx.Rngs, *, bias: bool, residual: bool = False) -> None:
         """`residual` marks a projection back into the residual stream: its std is divided by sqrt(2L), as in GPT-2."""
-        self.in_axes, self.kernel_axes, self.out_axes = re.split(",|->", equation)
+        self.in_axes, self.kernel_axes, self.out_axes = re.split(",|->", einsum)
         self.bias_axes = "".join(letter for letter in self.out_axes if letter in self.kernel_axes)
         std = 0.02 / (2 * config.n_layers) ** 0.5 if residual else 0.02
         self.kernel = normal(rngs, self.kernel_axes, config, std)
@@ -206,12 +204,10 @@ class Block(nnx.Module):
         x_BTD, losses = self._add(x_BTD, self.mlp, self.mlp_norm, self.mlp_output_norm, keys[1])
         return x_BTD, cache, losses
 
-    def _add(
-        self, x_BTD: Array, part: Callable, norm: Norm, output_norm: Norm | None, key: Array | None
-    ) -> tuple[Array, Any]:
-        """The stream with what `part` makes of it, and what else `part` gives."""
-        y_BTD, more = part(norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD)
+    def _add(self, x_BTD: Array, f: Callable, norm: Norm, after: Norm | None, key: Array | None) -> tuple[Array, Any]:
+        """The stream with what `f` makes of it, and what else `f` gives."""
+        y_BTD, more = f(norm(x_BTD) if self.norm_position in ("pre", "both") else x_BTD)
         if self.norm_position in ("output", "both"):
-            y_BTD = (output_norm or norm)(y_BTD)
+            y_BTD = (after or norm)(y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, key)
         return norm(x_BTD) if self.norm_position == "post" else x_BTD, more

@@ -51,15 +51,13 @@ def train(config: TrainConfig) -> None:
 class Trainer:
     """One run in progress."""
 
-    def __init__(
-        self, config: TrainConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, corpora: list[Corpus]
-    ) -> None:
-        self.config, self.checkpoints, self.tokenizer, self.corpora = config, checkpoints, tokenizer, corpora
+    def __init__(self, config: TrainConfig, saved: Checkpoints, tokenizer: Tokenizer, corpora: list[Corpus]) -> None:
+        self.config, self.checkpoints, self.tokenizer, self.corpora = config, saved, tokenizer, corpora
         training, length = config.training, config.model.context_length
         size, parts, weights = training.batch_size, training.accumulation_steps, config.data.weights
-        self.batches = training_batches(corpora, weights, batch_size=size, sequence_length=length, seed=training.seed)
+        self.batches = training_batches(corpora, weights, batch_size=size, length=length, seed=training.seed)
         rows, count = size // parts, training.eval_batches * parts  # a whole batch may not fit
-        self.held_out = evaluation_batches(corpora, batch_size=rows, sequence_length=length, batches=count)
+        self.held_out = evaluation_batches(corpora, batch_size=rows, length=length, batches=count)
         self.provenance = {"tokenizer_sha256": tokenizer.sha256, "data": [corpus.fingerprint for corpus in corpora]}
         self.tokens, self.last = size * length, training.steps  # tokens in one step
         self.eval_step, self.stopping = functools.partial(eval_step, options=loss_options(config)), False
@@ -69,6 +67,7 @@ class Trainer:
         """Train from the newest checkpoint, or from the seed, to the last step, and print a sample."""
         state, start = self.first_state()
         with Bar("step", self.last, start) as self.bar, MetricsLog(self.config, start) as self.log, ExitStack() as undo:
+            self.say = self.bar.console.print
             write_run(self.config, self.tokenizer, self.config.run_path)  # not before: a refused run keeps its own
             for number in (signal.SIGINT, signal.SIGTERM):
                 undo.callback(signal.signal, number, signal.signal(number, self.handle_signal))
@@ -115,12 +114,12 @@ class Trainer:
         _, attention = chosen_form(model := self.config.model, model.context_length)
         what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, attention by {attention}"
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        self.bar.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
+        self.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
         epochs = f"{self.last * self.tokens / sum(len(corpus.train) for corpus in self.corpora):.2f} epochs"
         resumed = f", going on after step {start}" if start else ""
-        self.bar.say(f"{self.last} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
+        self.say(f"{self.last} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
         if not len(self.held_out):
-            self.bar.say("nothing is held out: there will be no evaluation")
+            self.say("nothing is held out: there will be no evaluation")
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
@@ -128,7 +127,7 @@ class Trainer:
         if due and not self.evaluate(start, state):
             raise Stopped(f"stopped after step {start}, {self._saved()}; run the same command to go on")
         if start >= self.last:
-            self.bar.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
+            self.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")
             return state
         step_function = self.compiled(state, place(self.batches[start], "BT"))
         batches = read_ahead(self.batches, start)
@@ -171,7 +170,7 @@ class Trainer:
         memory = step_function.memory_analysis()
         need = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         seconds = time.perf_counter() - began
-        self.bar.say(f"compiled the step in {seconds:.1f} s; it needs {need / 2**30:.2f} GiB on each device")
+        self.say(f"compiled the step in {seconds:.1f} s; it needs {need / 2**30:.2f} GiB on each device")
         return step_function
 
     def report(self, step: int, metrics: Metrics) -> None:
@@ -206,6 +205,6 @@ class Trainer:
             return False
         if not math.isfinite(loss := figures["val_loss"]):
             raise TrainingError(f"step {step}: the held-out loss is {loss}; {self._saved()}: lower optimizer.peak_lr")
-        self.bar.say(f"step {step}/{self.last}  {evaluation_figures(figures, self.corpora)}")
+        self.say(f"step {step}/{self.last}  {evaluation_figures(figures, self.corpora)}")
         self.log.write({"step": step, **figures})
         return True

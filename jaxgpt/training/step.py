@@ -1,5 +1,4 @@
 """One training step as a pure function, `train_step(state, batch) -> (state, metrics)`, with its update rule (Optax).
-
 Letters: A accumulation steps, B batch, T length, D model width, V vocabulary."""
 
 import functools

@@ -31,7 +31,7 @@ def corpus(tokens: int = 1000, seed: int = 0, val: int = 0, vocab_size: int = 2*
 def loader(
     corpora: list[Corpus], weights: tuple[float, ...] = (), batch_size: int = 8, seed: int = 3
 ) -> Sequence[Batch]:
-    return training_batches(corpora, weights, batch_size=batch_size, sequence_length=T, seed=seed)
+    return training_batches(corpora, weights, batch_size=batch_size, length=T, seed=seed)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -125,7 +125,7 @@ def test_the_mixture_has_its_weights_at_any_moment() -> None:
 
 def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
     corpora = [corpus(100, 0, val=357), corpus(100, 5, val=90)]
-    windows = evaluation_batches(corpora, batch_size=4, sequence_length=T)
+    windows = evaluation_batches(corpora, batch_size=4, length=T)
     batches = [windows[i] for i in range(len(windows))]
     tokens, labels, segments, positions = (np.concatenate(fields) for fields in zip(*batches, strict=True))
     assert len(windows) == -(-(23 + 6) // 4) and tokens.shape == (32, T)
@@ -133,9 +133,9 @@ def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
     starts = [len(set(c.val.starts.tolist()) - {0}) for c in corpora]
     assert (labels >= 0).sum() == 357 - 1 - starts[0] + 90 - 1 - starts[1]
     assert (labels[segments == 0] == -1).all() and (positions[segments == 0] == 0).all()
-    some = evaluation_batches(corpora, batch_size=4, sequence_length=T, batches=2)
+    some = evaluation_batches(corpora, batch_size=4, length=T, batches=2)
     assert len(some) == 2 and np.diff(some[0].tokens[:, 0]).tolist() == [48, 64, 48]
-    assert len(evaluation_batches([corpus(100)], batch_size=4, sequence_length=T)) == 0
+    assert len(evaluation_batches([corpus(100)], batch_size=4, length=T)) == 0
 
 
 def test_errors() -> None:
@@ -148,7 +148,7 @@ def test_errors() -> None:
     with pytest.raises(BadFileError, match=r"corpus 0, training step 0: token \d+ is outside the vocabulary of 500"):
         loader([corpus(vocab_size=500)], batch_size=60)[0]
     with pytest.raises(BadFileError, match=r"evaluation batch 0: token \d+ is outside the vocabulary of 50"):
-        evaluation_batches([corpus(val=99, vocab_size=50)], batch_size=4, sequence_length=T)[0]
+        evaluation_batches([corpus(val=99, vocab_size=50)], batch_size=4, length=T)[0]
     iterator = read_ahead(loader([corpus(vocab_size=500)], batch_size=60))
     with pytest.raises(BadFileError, match="training step 0"):
         next(iterator)
@@ -157,7 +157,7 @@ def test_errors() -> None:
 @pytest.mark.parametrize("length", [256, 1024])
 def test_millions_of_tokens_a_second_on_one_core(length: int) -> None:
     """5 million and more were measured; a busy machine gets 2, at the best of up to 25 moments."""
-    data = training_batches([corpus(2_000_000)], (), batch_size=32, sequence_length=length, seed=0)
+    data = training_batches([corpus(2_000_000)], (), batch_size=32, length=length, seed=0)
     best = 0.0
     for attempt in range(25):
         started = time.process_time()

@@ -177,8 +177,7 @@ class FakeEngine(Engine):
     """Says its answers in pieces; an exception among them is raised. Remembers what it was asked."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, answers: list[list[str | BaseException]]) -> None:
-        config = ModelConfig(context_length=context, vocab_size=tokenizer.vocab_size)
-        self._configs = (config,)
+        self._context, self._vocabulary, self._parts = context, tokenizer.vocab_size, 1
         self._tokenizer, self.answers, self.asked = tokenizer, answers, list[str]()
 
     def stream(self, prompt: str | list[int], params: SamplingParams) -> Iterator[tuple[int, str]]:

@@ -39,7 +39,7 @@ class Case:
     """The held-out documents as they were written."""
 
     def windows(self, batches: int = 0) -> Sequence[Batch]:
-        return evaluation_batches([self.corpus], batch_size=8, sequence_length=64, batches=batches)
+        return evaluation_batches([self.corpus], batch_size=8, length=64, batches=batches)
 
     def evaluate(self, mesh_of: Callable[..., Any], *sizes: int, batches: int = 0) -> dict[str, float]:
         with mesh_of(*sizes):

@@ -210,13 +210,13 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     unknown = {name: value for name, value in RECORD.items() if name != "mfu"}
     corpus: Any = SimpleNamespace(val_bytes=10_000, val_gzip_bytes=2581)
     with Bar("step", 20, 0) as display:
-        display.say("[bold]hello[/bold] " + "x" * 200)
+        display.console.print("[bold]hello[/bold] :smile: " + "x" * 200)
         display.show(5, step_figures(RECORD, 7.5), due=False)
         display.show(5, step_figures(RECORD, 7.5), due=True)
         display.show(6, step_figures(unknown, 14_000), due=True)
-        display.say(evaluation_figures(EVALUATION, [corpus]))
+        display.console.print(evaluation_figures(EVALUATION, [corpus]))
     assert capsys.readouterr().out.splitlines() == [
-        "[bold]hello[/bold] " + "x" * 200,
+        "[bold]hello[/bold] :smile: " + "x" * 200,
         "step 5/20  loss 6.1000  1,234 tokens/s  MFU 5.0 %  0:00:08 left",
         "step 6/20  loss 6.1000  1,234 tokens/s  MFU n/a  3:53:20 left",
         "held-out loss 6.2000  3.700 ± 0.160 bits per byte  (gzip -9: 2.065)",
@@ -244,7 +244,7 @@ def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(sys, "stdout", screen)
             with Bar("step", 20, 4) as display:
                 display.show(5, step_figures(RECORD, 7.5), due=False)
-                display.say("held-out loss 6.2000")
+                display.console.print("held-out loss 6.2000")
                 display.show(6, step_figures({**RECORD, "loss": 5.9}, 7), due=True)
         raw = reading.result()
     assert "\x1b[?25l" in raw and raw.rstrip().endswith("\x1b[?25h"), "the cursor is hidden, and comes back"
@@ -262,6 +262,6 @@ def test_a_reader_that_has_gone_does_not_end_the_training(monkeypatch: pytest.Mo
         monkeypatch.setattr(sys, "stdout", pipe)
         with Bar("step", 20, 0) as display:
             for step in range(3):
-                display.say("is anybody there?")
+                display.console.print("is anybody there?")
                 display.show(step, "loss 6.1", due=True)
         print("the sample", flush=True)
