@@ -62,11 +62,16 @@ def chosen_form(config: ModelConfig, length: int) -> tuple[str, str]:
     """The name in FORMS of what attends in sequences of `length` on the devices of the current mesh; and that name with
     the reason why it is not the devices' own kernel, where they have one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or "TPU" not in device.device_kind or config.kernels == "xla":
+    kind = "" if device is None or config.kernels == "xla" else device.device_kind
+    if "TPU" in kind:
+        form, takes = "splash", "multiples of 128 tokens, and scanned layers of one window"
+        fits = not (config.scan_layers and len(set(config.layer_windows)) > 1)
+    elif "NVIDIA" in kind:
+        form, takes = "flash", "multiples of 128 tokens, and heads of up to 128 numbers in bfloat16, 64 in float32"
+        fits = config.key_dim * jnp.dtype(config.dtype).itemsize <= 256
+    else:
         return "blocks", "blocks"
-    if length % 128 or (config.scan_layers and len(set(config.layer_windows)) > 1):
-        return "blocks", "blocks (splash takes multiples of 128 tokens, and scanned layers of one window)"
-    return "splash", "splash"
+    return (form, form) if fits and length % 128 == 0 else ("blocks", f"blocks ({form} takes {takes})")
 
 
 def causal_attention(
@@ -116,4 +121,13 @@ def splash_attention(
     return jnp.swapaxes(jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK, splash.SegmentIds(segments_BT, segments_BT)), 1, 2)
 
 
-FORMS: dict[str, Callable[..., Array]] = {"blocks": blocks_attention, "splash": splash_attention}
+def flash_attention(*inputs: Any, **more: Any) -> Array:
+    """The same on an NVIDIA GPU, by kernels of our own."""
+    from jaxgpt.kernels.flash import attention  # only where it is taken: what Pallas has for GPUs is not everywhere
+
+    return attention(*inputs, **more)
+
+
+FORMS: dict[str, Callable[..., Array]] = {
+    "blocks": blocks_attention, "splash": splash_attention, "flash": flash_attention,
+}  # fmt: skip

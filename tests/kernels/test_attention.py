@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from jaxgpt.config import ModelConfig
@@ -168,6 +169,86 @@ def test_the_kernel_of_a_tpu_is_given_each_device_s_part(mesh_of: Callable, inte
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def interpreted_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own kernels without a GPU."""
+    monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("width", "window", "softcap", "scale"),
+    [(24, 0, None, 0.125), (64, 1, None, 0.125), (24, 150, 1.5, 0.3), (6, 0, 1.5, 0.3)],
+)
+def test_the_kernels_of_a_gpu_match_the_plain_form(
+    width: int, window: int, softcap: float | None, scale: float, dtype: str, interpreted_flash: None
+) -> None:
+    """Three tiles of queries, and heads of widths that are no powers of 2 or, in float32, make tiles shorter."""
+    settings, small = dict(window=window, softcap=softcap, scale=scale), 2e-5 if dtype == "float32" else 0.05
+    assert_like_the_plain_form(FORMS["flash"], packed(384, width, dtype), settings, small)
+
+
+@pytest.mark.parametrize(
+    ("hole", "queries", "keys"),
+    [
+        (slice(256, 384), [True, True, False], [True, False, False]),
+        (slice(128), [False, False, True], [False, True, True]),
+    ],
+)
+def test_tiles_of_which_nothing_is_seen_are_not_read(
+    hole: slice, queries: list[bool], keys: list[bool], interpreted_flash: None
+) -> None:
+    """What is no number there would reach the result: zero times it is none either. A query sees 100 keys."""
+    (q, k, v), segments_BT, pull_BTHK = packed(384, 8)
+    settings: dict[str, Any] = dict(segments_BT=0 * segments_BT, window=100, softcap=None, scale=0.3)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, pull_BTHK: jax.Array) -> tuple:
+        out, pull = jax.vjp(functools.partial(FORMS["flash"], **settings), q, k, v)
+        return out, *pull(pull_BTHK)
+
+    def numbers(x: jax.Array) -> list[bool]:
+        return np.isfinite(x).reshape(2, 3, -1).all((0, 2)).tolist()
+
+    def holed(x: jax.Array) -> jax.Array:
+        return x.at[:, hole].set(jnp.nan)
+
+    out, dq, _, _ = run(q, holed(k), holed(v), pull_BTHK)
+    assert numbers(out) == numbers(dq) == queries
+    _, _, dk, dv = run(holed(q), k, v, holed(pull_BTHK))
+    assert numbers(dk) == numbers(dv) == keys
+
+
+def test_the_kernels_of_a_gpu_are_given_each_device_s_part(mesh_of: Callable, interpreted_flash: None) -> None:
+    """Rows over data = 2 and heads over tensor = 2, in a scan over layers whose windows differ."""
+    qkv, documents_BT, _ = packed(256, 16)
+
+    def run(form: str, *qkv: jax.Array) -> tuple:
+        q, k, v = (shard(x, axes) for x, axes in zip(qkv, ("BTHK", "BTGK", "BTGK"), strict=True))
+        settings: dict[str, Any] = dict(segments_BT=shard(documents_BT, "BT"), softcap=2.0, scale=0.4)
+
+        def layers(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            layer = lambda q, window: causal_attention(form, q, k, v, window=window, **settings)  # noqa: E731
+            return jax.lax.scan(layer, q, jnp.array([0, 60]))[0]
+
+        out, pull = jax.vjp(layers, q, k, v)
+        return out, *pull(out)
+
+    expected = jax.jit(functools.partial(run, "blocks"))(*qkv)
+    with mesh_of(data=2, tensor=2):
+        found = jax.jit(functools.partial(run, "flash"))(*map(np.asarray, qkv))
+        assert jax.typeof(found[0]).sharding.spec == jax.P(("data", "fsdp"), None, "tensor", None)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("length", "width"), [(200, 16), (128, 65)])
+def test_the_kernels_of_a_gpu_refuse_what_they_cannot_do(length: int, width: int) -> None:
+    qkv, segments_BT, _ = packed(length, width)
+    with pytest.raises(ValueError, match=rf"flash takes multiples of 128 .* 256 bytes: not {length}, {4 * width}"):
+        FORMS["flash"](*qkv, segments_BT, window=0, softcap=None, scale=0.1)
+
+
 GPT: dict[str, Any] = dict(n_layers=2, d_model=256, n_heads=4, vocab_size=64, context_length=256, dtype="bfloat16")
 
 
@@ -175,7 +256,12 @@ GPT: dict[str, Any] = dict(n_layers=2, d_model=256, n_heads=4, vocab_size=64, co
     ("kind", "changes", "form"),
     [
         ("cpu", {}, "blocks"),
-        ("NVIDIA H100 80GB HBM3", {}, "blocks"),
+        ("NVIDIA H100 80GB HBM3", {}, "flash"),
+        ("NVIDIA H200", {"kernels": "xla"}, "blocks"),
+        ("NVIDIA H200", {"windows": (64, 0), "attention_softcap": 50.0, "head_dim": 128}, "flash"),
+        ("NVIDIA H200", {"head_dim": 130}, "blocks (flash"),
+        ("NVIDIA H200", {"head_dim": 66, "dtype": "float32"}, "blocks (flash"),
+        ("NVIDIA H200", {"context_length": 200}, "blocks (flash"),
         ("TPU v5 lite", {}, "splash"),
         ("TPU v5 lite", {"kernels": "xla"}, "blocks"),
         ("TPU v5 lite", {"dtype": "float32", "attention_softcap": 50.0, "windows": (64, 64)}, "splash"),
