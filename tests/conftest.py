@@ -47,7 +47,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"parity": ("torch", "transformers"), "tpu": ("libtpu",)}  # marker and extra -> the packages that it brings
+EXTRAS = {"parity": ("torch", "transformers"), "tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin",)}
+"""A marker, which is also an extra -> the packages that it brings."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -128,6 +128,4 @@ def flash_attention(*inputs: Any, **more: Any) -> Array:
     return attention(*inputs, **more)
 
 
-FORMS: dict[str, Callable[..., Array]] = {
-    "blocks": blocks_attention, "splash": splash_attention, "flash": flash_attention,
-}  # fmt: skip
+FORMS: dict[str, Callable] = {"blocks": blocks_attention, "splash": splash_attention, "flash": flash_attention}

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import SingleDeviceSharding
 
+from jaxgpt.bench.kernels import absent_devices
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import FORMS, attention, attention_mask, causal_attention, chosen_form
 from jaxgpt.sharding import shard
@@ -247,6 +249,27 @@ def test_the_kernels_of_a_gpu_refuse_what_they_cannot_do(length: int, width: int
     qkv, segments_BT, _ = packed(length, width)
     with pytest.raises(ValueError, match=rf"flash takes multiples of 128 .* 256 bytes: not {length}, {4 * width}"):
         FORMS["flash"](*qkv, segments_BT, window=0, softcap=None, scale=0.1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("length", "H", "G", "K"), [(1024, 12, 12, 64), (512, 4, 1, 40)])
+def test_the_kernels_of_a_gpu_compile_for_an_h100(length: int, H: int, G: int, K: int, dtype: str) -> None:
+    """As three calls of Triton, which fit; what takes memory between them are two numbers for each query."""
+    where = SingleDeviceSharding(absent_devices("h100:1")[0])
+    shapes = [(2, length, heads, K) for heads in (H, G, G, H)]
+    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape in shapes]
+    numbers = [jax.ShapeDtypeStruct(shape, "int32", sharding=where) for shape in ((2, length), ())]
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, pull_BTHK: jax.Array, segments_BT: jax.Array, window: Any) -> Any:
+        settings: dict[str, Any] = dict(segments_BT=segments_BT, window=window, softcap=30.0, scale=0.1)
+        out, pull = jax.vjp(functools.partial(FORMS["flash"], **settings), q, k, v)
+        return out, *pull(pull_BTHK)
+
+    compiled = jax.jit(run).lower(*given, *numbers).compile()
+    assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    padded = 0 if K == 64 else 12 * 2 * length * H * 64 * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * 4 * 2 * length * H + padded + 4096
 
 
 GPT: dict[str, Any] = dict(n_layers=2, d_model=256, n_heads=4, vocab_size=64, context_length=256, dtype="bfloat16")
