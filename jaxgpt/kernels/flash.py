@@ -27,9 +27,9 @@ def attention(
     q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, segments_BT: Array, window: Window, softcap: Cap, scale: float
 ) -> Array:
     """As `blocks_attention` has it. Products of float32 are TF32's, as XLA's are, unless JAX is told otherwise."""
-    T, K, width = q_BTHK.shape[1], q_BTHK.shape[3], q_BTHK.shape[3] * q_BTHK.dtype.itemsize
-    if T % OWN or width > WIDEST:
-        raise ValueError(f"flash takes multiples of {OWN} tokens, heads of up to {WIDEST} bytes: not {T}, {width}")
+    T, K = q_BTHK.shape[1], q_BTHK.shape[3]
+    if T % OWN or K * q_BTHK.dtype.itemsize > WIDEST:
+        raise ValueError(f"flash takes multiples of {OWN} tokens, heads of up to {WIDEST} bytes; not {T}, {K} numbers")
     more = max(16, pl.next_power_of_2(K)) - K  # zeros: the sides of Triton's tiles are powers of 2
     qkv = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) for x in (q_BTHK, k_BTGK, v_BTGK))
     window_1 = jnp.where(window == 0, T, window).astype(jnp.int32).reshape(1)

@@ -20,7 +20,7 @@ def rows_of(name: str, dtype: str = "float32") -> list[Row]:
 ELSEWHERE = {
     "jax.nn cudnn": "cuDNN is not detected.",
     "splash": "bkv_compute=16 must be a multiple of 128.",
-    "flash": "flash takes multiples of 128 tokens, heads of up to 256 bytes: not 16, 32",
+    "flash": "flash takes multiples of 128 tokens, heads of up to 256 bytes; not 16, 8 numbers",
 }
 
 
