@@ -214,10 +214,10 @@ def stored_tensors(model: Transformer, family: Family, kind: str = "F32") -> dic
 
     def read(stored_name: str, layer: int | None, expert: int | None) -> np.ndarray:
         tensor = np.empty(layout.shape(stored_name), np.float32)
+        at = tuple(i for i in (layer, expert) if i is not None)  # all experts' are not fetched for each one
         for place in layout.tensors[stored_name]:
-            array = leaves[place.row.name] if layer is None else leaves[f"layers.{place.row.name}"][layer]
-            array = np.asarray(array)[: layout.sizes[place.row.axes[0]]]  # without rows that round the vocabulary up
-            layout.part(tensor, place)[...] = array if expert is None else array[expert]
+            target, name = layout.part(tensor, place), place.row.name
+            target[...] = np.asarray(leaves[f"layers.{name}" if at else name][at])[: len(target)]  # not padding rows
         return tensor
 
     return {
