@@ -97,8 +97,8 @@ def kept_programs() -> Iterator[None]:
         yield
     finally:
         jax.monitoring.unregister_event_listener(count)
-        if counts["cache_misses"] + counts["cache_hits"]:
-            note(f"{counts['cache_misses']} programs compiled, {counts['cache_hits']} read from {directory}")
+    if counts["cache_misses"] + counts["cache_hits"]:  # not beside an error, which is one line
+        note(f"{counts['cache_misses']} programs compiled, {counts['cache_hits']} read from {directory}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class Section:
         """Raise ConfigError when a field is outside [low, high], infinite, or NaN; None is left out."""
         value = getattr(self, name)
         if value is not None and (not low <= value <= high or value == math.inf):
-            bound = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            bound = f"finite and at least {low:.9g}" if high == math.inf else f"between {low:.9g} and {high:.10g}"
             raise ConfigError(f"{self.section}{name} is {value!r:.50}: it must be {bound}")
 
 

@@ -55,7 +55,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
-    """Raise ConfigError when the mesh cannot cut this model or batch evenly."""
+    """Raise ConfigError when the mesh cannot cut this model or batch evenly, or when none is set."""
+    require(not mesh.empty, "no mesh is set: use `with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices())):`")
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     cuts = [
         ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
@@ -71,8 +72,7 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int = 0) -> None:
 
 def batch_parts() -> int:
     """Parts into which the current mesh cuts a batch."""
-    mesh = jax.sharding.get_mesh()
-    return math.prod(mesh.shape[axis] for axis in ACTIVATION["B"])
+    return math.prod(jax.sharding.get_mesh().shape[axis] for axis in ACTIVATION["B"])
 
 
 def place(tree: Any, axes: str) -> Any:

@@ -29,7 +29,7 @@ def token_table(regex: str, json_schema: str, tokens: tuple[bytes, ...], ends: t
     most = min(_MOST // len(tokens), 2**15 - 1)
     if "error" in found or len(found["next"]) > most:
         why = found.get("error") or f"it needs {len(found['next'])} states, and there can be {most}"
-        raise ConfigError(f"{what}: {why}; change it")
+        raise ConfigError(f"{what}: {why}; {found.get('remedy', 'change it')}")
     next_of, final = _numbered(found)
     table_NV, count = _walk(next_of, tokens), len(next_of) - 1
     table_NV[:, list(ends)] = count
@@ -80,12 +80,12 @@ def _walk(next_of: np.ndarray, tokens: tuple[bytes, ...]) -> np.ndarray:
 
 
 def _byte_automaton(regex: str, json_schema: str) -> dict[str, Any]:
-    """{"next": {state: {byte: state}}, "final": [states], "first": state}, or {"error": why}."""
+    """{"next": {state: {byte: state}}, "final": [states], "first": state}, or {"error": why, "remedy": what to do}."""
     try:
         from outlines_core import Index, Vocabulary
         from outlines_core.json_schema import build_regex_from_schema
     except ImportError:
-        return {"error": "outlines-core is missing; pip install 'jaxgpt[constrain]'"}
+        return {"error": "outlines-core is missing", "remedy": "pip install 'jaxgpt[constrain]'"}
     limit(_SECONDS, _MEMORY)
     try:
         expression = build_regex_from_schema(json_schema) if json_schema else regex.removeprefix("^")

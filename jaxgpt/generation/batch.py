@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from jaxgpt.config import validated
+from jaxgpt.config import differences, validated
 from jaxgpt.errors import BadFileError, ConfigError, StorageError, nearest, note, require
 from jaxgpt.files import append, bounded_lines, locked, publish, sync, write_atomically
 from jaxgpt.generation.engine import Completion, Engine, Request
@@ -69,7 +69,7 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bo
     require(isinstance(value, dict), "the line is neither a JSON string nor an object")
     name = value.pop("custom_id") if (is_openai := "custom_id" in value) else value.pop("id", number)
     given, url = _openai_body(value) if is_openai else (value, None)
-    fields = {_OTHER_NAMES.get(key, key): each for key, each in given.items()}
+    fields = {"seed": (defaults.seed + number) % 2**32} | {_OTHER_NAMES.get(key, key): x for key, x in given.items()}
     if isinstance(stop := fields.get("stop"), str):
         fields["stop"] = [stop]
     if isinstance(schema := fields.get("json_schema"), dict):
@@ -157,7 +157,8 @@ class Job:
     def identity(self, model: str) -> str:
         with open(self.input, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return json.dumps({**asdict(self), "input": digest, "output": "", "model": model}, sort_keys=True) + "\n"
+        own = differences(SamplingParams(), self.params)  # a new setting then makes no other job of an old one
+        return json.dumps(asdict(self) | {"params": own, "input": digest, "output": "", "model": model}) + "\n"
 
     def run(self, engine: Engine, encode_chat: EncodeChat, model: str) -> None:
         """Answer every line of the input by the model that `model` names. Raises ConfigError for another's output."""

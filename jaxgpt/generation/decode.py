@@ -260,7 +260,7 @@ def beam_search(model: Transformer, slots: Slots, length_penalty: Array) -> tupl
         texts_BS, length, totals_B, cache, complete, _ = carry
         places_BT = jnp.full((B, 1), length - 1)
         read_BT = shard(jnp.take_along_axis(texts_BS, places_BT, 1), "BT")
-        x_BTD, cache, _ = model(read_BT, shard(places_BT, "BT"), cache=cache, lengths_B=slots.rules.end)
+        x_BTD, cache, _ = model(read_BT, shard(places_BT, "BT"), cache=cache, lengths_B=shard(rules.end, "B"))
         logits_BV = whole(model.logits(x_BTD)[:, 0])
         log_p_BV = edit(jax.nn.log_softmax(logits_BV), rules, texts_BS, jnp.full(B, length))
         totals_BV = totals_B[:, None] + log_p_BV + 0 * logits_BV.sum()  # NaN, which ends it, where one is not finite
@@ -276,7 +276,7 @@ def beam_search(model: Transformer, slots: Slots, length_penalty: Array) -> tupl
         ended = ended_BS, jnp.full(B, length + 1), scores_B
         texts_NS, lengths_N, scores_N = jax.tree.map(lambda *each: jnp.concatenate(each), complete, ended)
         scores_B, order_B = jax.lax.top_k(scores_N, B)
-        totals_B, from_B, _, texts_BS = best(jnp.where(is_last_V, -jnp.inf, totals_BV))
+        totals_B, from_B, _, texts_BS = best(jnp.where(is_last_V, totals_BV - jnp.inf, totals_BV))  # NaN stays
         cache = jax.tree.map(lambda x: x.at[from_B].get(out_sharding=jax.typeof(x).sharding.spec), cache)
         complete = texts_NS[order_B], lengths_N[order_B], scores_B
         return texts_BS, length + 1, totals_B, cache, complete, totals_B[0] * per_token > scores_B[-1]

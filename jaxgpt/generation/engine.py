@@ -156,9 +156,8 @@ class Engine:
         self._spelt = (*tokenizer.token_bytes, *[b""] * self._vocabulary)[: self._vocabulary]
         # The slots of the last run, and the prompts whose keys and values are in them, to begin others with.
         self._kept: tuple[Slots | None, list[list[int]]] = None, [[]] * self._slots
-        self.truncated = 0  # prompts that were cut to fit
+        self.truncated = self.tokens = 0  # prompts that were cut to fit, and tokens that were generated
         self.reused = 0  # tokens of prompts whose keys and values were there
-        self.tokens = 0  # generated so far
         self.places = self.used = 0  # slots times passes, and those that brought a text on
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
@@ -173,7 +172,7 @@ class Engine:
         """(sample, text) as it comes, for `params.num_samples` samples of one prompt; a character is never split.
         Raises ConfigError as `requests` does, and where log-probabilities are asked for."""
         for name in ("logprobs", "prompt_logprobs"):
-            require(getattr(params, name) is None, f"{name}: a stream has none; leave it out, or use Engine.generate")
+            require(getattr(params, name) is None, f"{name}: a stream has none; use --input or Engine.generate")
         return ((more.request.sample, more.text) for more in self.run(self.requests(prompt, params)) if more.text)
 
     def room(self, prompt: Prompt) -> int:
@@ -269,10 +268,10 @@ class Engine:
         own = Engine(self._models[0], self._tokenizer, params.beam_width)
         slots = own._fit(None, own._kept[1], len(ids) + params.max_new_tokens)
         slots = own._fill(slots, own._kept[1], {0: request})
-        texts_BS, lengths, failed = jax.device_get(beam_search(self._models[0], slots, params.length_penalty))
+        texts_BS, lengths, failed = jax.device_get(beam_search(self._models[0], slots, float(params.length_penalty)))
         for sample in range(params.num_samples):
             text = _Text(request._replace(sample=sample), self._tokenizer)
-            yield text.push(texts_BS[sample], int(lengths[sample]), True, bool(failed))
+            yield text.push(texts_BS[sample], len(ids) if failed else int(lengths[sample]), True, bool(failed))
             self.tokens += text.length - len(ids)
 
     def _fit(self, slots: Slots | None, prompts: list[list[int]], longest: int) -> Slots:

@@ -26,7 +26,7 @@ _NOT_OF_BEAMS = (*_FILTERS, *_FORMS, "stop", "logprobs", "prompt_logprobs", "bes
 
 @dataclass(frozen=True)
 class SamplingParams(Section):
-    """How to choose each next token, and when to stop. Raises ConfigError, naming the field, outside its bounds."""
+    """How to choose each next token, and when to stop."""
 
     max_new_tokens: int = 100  # Most tokens to generate.
     temperature: float = 1.0  # Divides the logits; 0 always takes the most probable token.

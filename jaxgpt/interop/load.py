@@ -166,13 +166,13 @@ def load_weights(layout: Layout, tensors: Mapping[str, StoredTensor], *, for_tra
 
 
 def load_model(
-    path: Path, *, step: int | None = None, dtype: Dtype | None = None, for_training: bool = False
+    path: str | Path, *, step: int | None = None, dtype: Dtype | None = None, for_training: bool = False
 ) -> TrainedModel:
     """The model and tokenizer at `path`, on the current mesh; a run's newest checkpoint, or that of `step`. Parameters
     are ready for decoding: each layer has arrays of its own, matrices in the compute dtype. `for_training` stacks the
     layers and keeps float32. `dtype` is that of the arithmetic; a foreign model has float32 by default. Raises
     BadFileError for files that are damaged, hostile or not implemented, ConfigError where the mesh does not fit."""
-    config = path / "config.json"
+    config = (path := Path(path)) / "config.json"
     if not path.is_file() and not config.exists():
         kinds = "a run directory of train.py, a Hugging Face model's directory, or a .gguf file"
         raise BadFileError(f"checkpoint {path}: there is no config.json; name {kinds}")

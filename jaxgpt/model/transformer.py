@@ -132,10 +132,8 @@ class Transformer(nnx.Module):
         new, layers, windows = [], self.unstacked().layers, self.config.layer_windows
         masks = {window: attention_mask(positions_BT, slots_BS, None, window) for window in set(windows)}
         turns = {kind: jax.tree.map(lambda each, kind=kind: each[kind], rotations[0]) for kind in set(rotations[1])}
-        for layer, window, kind, old in zip(layers, windows, rotations[1], cache, strict=True):  # type: ignore[arg-type]
-            attend = jax.tree_util.Partial(
-                cached_attention, cache=old, positions_BT=positions_BT, mask_BTS=masks[window]
-            )
+        for layer, w, kind, old in zip(layers, windows, rotations[1], cache, strict=True):  # type: ignore[arg-type]
+            attend = jax.tree_util.Partial(cached_attention, cache=old, positions_BT=positions_BT, mask_BTS=masks[w])
             x_BTD, layer_cache, _ = _run_cached(layer, x_BTD, attend, turns[kind], None)
             new.append(layer_cache)
         return x_BTD, tuple(new)

@@ -94,6 +94,8 @@ def tokenizer_json(pieces: list[str], kinds: list[int], bos: int | None, model: 
     ]
     if bos is not None:
         name = pieces[bos]
-        template = tokenizers.processors.TemplateProcessing([name, "$A"], [name, "$A", "$B"], [(name, bos)])
-        parts["post_processor"] = json.loads(template.__getstate__())
+        begin = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        both = {"single": begin, "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}]}
+        special = {name: {"id": name, "ids": [bos], "tokens": [name]}}
+        parts["post_processor"] = {"type": "TemplateProcessing", "special_tokens": special} | both
     return json.dumps({"version": "1.0", "added_tokens": added, "model": model, **parts}, ensure_ascii=False).encode()

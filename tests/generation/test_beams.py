@@ -94,16 +94,40 @@ def test_beams_and_samples_answer_one_job(mesh_of: Callable[..., Any], tokenizer
     assert texts[0] == texts[1]
 
 
-def test_a_search_ends_where_logits_are_not_finite(mesh_of: Callable[..., Any], tokenizer: Tokenizer) -> None:  # noqa: F811
+@pytest.mark.parametrize(("beams", "most"), [(2, 5), (4, 5), (2, 1), (4, 1)])
+def test_a_search_ends_where_logits_are_not_finite(
+    mesh_of: Callable[..., Any],
+    tokenizer: Tokenizer,  # noqa: F811
+    beams: int,
+    most: int,
+) -> None:
+    """Also in the last step, and where the tokens that come first in such a list would end a text."""
     with mesh_of():
         model = make_model(tokenizer)
         bad = tokenizer.encode("def")[0]
         row = jnp.arange(model.config.vocab_rows)[:, None] == bad
         model.token_embedding = jax.tree.map(lambda p: jnp.where(row, jnp.nan, p), model.token_embedding)
-        engine, params = Engine(model, tokenizer), SamplingParams(5, num_samples=2, beam_width=2)
+        engine, params = Engine(model, tokenizer), SamplingParams(most, num_samples=beams, beam_width=beams)
         failed, good = engine.generate([[bad]], params), engine.generate([[5]], params)
-    assert [(each.finish_reason, each.token_ids) for each in failed] == [("error", [])] * 2
+    assert [(each.finish_reason, each.token_ids) for each in failed] == [("error", [])] * beams
     assert {each.finish_reason for each in good} <= {"stop", "length"} and all(each.token_ids for each in good)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_beam_turns_by_the_length_of_its_text(
+    mesh_of: Callable[..., Any],
+    tokenizer: Tokenizer,  # noqa: F811
+    beams: int,
+) -> None:
+    """Longrope's frequencies depend on it. A whole penalty is a number as another."""
+    factors = dict(rope_short_factors=(1.0,) * 4, rope_long_factors=(4.0, 2.0, 8.0, 3.0))
+    longrope = MODERN | dict(rope_scaling="longrope", rope_original_context=20, **factors)
+    params = SamplingParams(30, num_samples=beams, beam_width=beams, length_penalty=-1, ignore_eos=True)
+    with mesh_of():
+        model = make_model(tokenizer, **longrope)
+        ids = tokenizer.encode("def f(x): return f(x)", bos=True)
+        found = [each.token_ids for each in Engine(model, tokenizer).generate([ids], params)]
+        assert found == plain_search(model, ids, params, set())
 
 
 @pytest.mark.parity

@@ -326,8 +326,8 @@ def test_a_pipe_ends_in_one_line_at_a_mistake(piped: Callable[..., Any]) -> None
         (b"x " * 300, [], r"prompt of \d+ tokens: the context of 256 has no room; shorten the prompt"),
         (b"x", ["--num-samples", "2"], "num_samples or best_of is 2: a conversation has one answer; leave it out"),
         (b"x", ["--top-k", "1000"], "top_k is 1000: the vocabulary has 330 tokens"),
-        (b"x", ["--logprobs", "2"], "logprobs: a stream has none; leave it out, or use Engine.generate"),
-        (b"x", ["--prompt-logprobs", "0"], "prompt_logprobs: a stream has none; leave it out, or use Engine.generate"),
+        (b"x", ["--logprobs", "2"], "logprobs: a stream has none; use --input or Engine.generate"),
+        (b"x", ["--prompt-logprobs", "0"], "prompt_logprobs: a stream has none; use --input or Engine.generate"),
         (b"x", ["--top-k", "-1"], "top_k is -1: it must be finite and at least 0"),
     ):
         outcome = piped(text, *words)
