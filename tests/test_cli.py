@@ -379,7 +379,7 @@ def test_generate_streams_into_a_pipe_that_closes(finished: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(17) == b"--- sample 1\ndef "
         process.stdout.close()
-        assert re.fullmatch(r"jaxgpt: \d+ programs compiled, \d+ read from .*\n", process.stderr.read().decode())
+        assert process.stderr.read() == b""
     assert process.returncode == 0
 
 

@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from jaxgpt import errors
-from jaxgpt.config import load_preset
+from jaxgpt.config import TrainConfig, load_preset
 from jaxgpt.model import Transformer, parameter_count
+from jaxgpt.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -60,6 +61,27 @@ def test_the_python_example_runs(with_runs: Path, capsys: pytest.CaptureFixture[
     (example,) = [text for kind, text in BLOCKS if kind == "python"]
     exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_ten_steps_of_how_a_model_works_run(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/learn.md checks itself that what it does by hand is what the code does; here with a smaller model."""
+    model = dataclasses.replace(tiny.model, positions="rotary", dropout=0.0)
+    training = dataclasses.replace(tiny.training, steps=4)
+    train(dataclasses.replace(tiny, model=model, training=training, run_dir=str(tmp_path / "runs" / "tiny")))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "learn.md").read_text("utf-8")
+    steps = re.findall(r"^## \d+\. .*?^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(steps) == 10
+    names: dict[str, Any] = {}
+    with jax.set_mesh(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])):
+        for code, shown in steps:
+            capsys.readouterr()
+            exec(compile(code, "docs/learn.md", "exec"), names)
+            printed = capsys.readouterr().out.splitlines()
+            assert printed and (len(printed) == len(shown.splitlines()) or "written" in code or "ids" in code)
 
 
 def rows(first_column: str) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def job(command: Callable[..., Any], finished: Path, tmp_path: Path) -> Callable
         return done, [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else None
 
     return run
+
+
+def test_equal_prompts_are_continued_in_ways_of_their_own(job: Callable[..., Any]) -> None:
+    """Each line draws by its number, the same in every part of a job, unless it has a seed."""
+    lines = ["import ", "import ", {"prompt": "import ", "seed": 2}, "import "]
+    _, answers = job(lines, "--temperature", "1.5", "--seed", "0")
+    texts = [answer["text"] for answer in answers]
+    assert texts[1] == texts[2] and len(set(texts)) == 3
+    _, half = job(lines, "--temperature", "1.5", "--shard", "1/2", output="half.jsonl")
+    assert [answer["text"] for answer in half] == texts[2:]
 
 
 @pytest.mark.slow
@@ -245,6 +256,9 @@ def test_a_line_is_read_as_it_says() -> None:
     line = parse_line(b'{"prompt": "x", "logit_bias": {"3": 1.5}, "stop": "a", "n": 2, "min_tokens": 1}', 7, DEFAULTS)
     assert (line.id, line.params.prompt) == (7, "x")
     wanted = LineParams(9, 0.8, logit_bias=((3, 1.5),), stop=("a",), num_samples=2, min_new_tokens=1, prompt="x")
-    assert line.params == wanted
+    assert line.params == replace(wanted, seed=DEFAULTS.seed + 7)
+    last = replace(DEFAULTS, seed=2**32 - 1)
+    assert parse_line(b'"x"', 3, last).params.seed == 2
+    assert parse_line(b'{"prompt": "x", "seed": 5}', 3, last).params.seed == 5
     with pytest.raises(ConfigError, match="logit_bias"):
         parse_line(b'{"prompt": "x", "logit_bias": {"a": 1}}', 1, DEFAULTS)
