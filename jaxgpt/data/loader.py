@@ -46,8 +46,7 @@ def make_batch(rows: Sequence[tuple[TokenStream, int]], length: int) -> Batch:
 def training_batches(
     corpora: Sequence[Corpus], weights: Sequence[float], *, batch_size: int, length: int, seed: int
 ) -> Sequence[Batch]:
-    """Training batches without end; `batches[step]` makes one. weights: shares of the rows, or else those of the
-    tokens. Raises ConfigError for less than one sequence."""
+    """Endless; `batches[step]` makes one. weights: shares of the rows, or else of tokens. ConfigError for too few."""
     for corpus in corpora:
         if len(corpus.train) <= length:
             why = f"{len(corpus.train)} training tokens are fewer than one sequence of {length} and its"
@@ -80,8 +79,10 @@ def evaluation_batches(corpora: Sequence[Corpus], *, batch_size: int, length: in
 
 def _read(rows: Any, split: str, batch_size: int, length: int) -> Any:
     """Windows of a split as batches. To ask for one raises BadFileError for a token outside the vocabulary."""
+    batches = rows.batch(batch_size, batch_fn=list)
 
     def read(number: int, rows: list[tuple[Corpus, int]]) -> Batch:
+        number = range(batches.__len__())[number]  # IndexError behind the last one, where Grain would begin again
         batch = make_batch([(getattr(corpus, split), begin) for corpus, begin in rows], length)
         highest = np.maximum(batch.tokens, batch.labels).max(axis=1)
         corpus = rows[highest.argmax()][0]
@@ -91,4 +92,4 @@ def _read(rows: Any, split: str, batch_size: int, length: int) -> Any:
             raise BadFileError(f"{where}: {why}; use its tokenizer or prepare the text again")
         return batch
 
-    return rows.batch(batch_size, batch_fn=list).map_with_index(read)
+    return batches.map_with_index(read)

@@ -60,7 +60,7 @@ class Line(NamedTuple):
 
 
 def parse_line(raw: bytes, number: int, defaults: SamplingParams, *, is_text: bool = False) -> Line:
-    """Line `number` of the input, a prompt as it is if `is_text`. Raises ConfigError, naming the field, when wrong."""
+    """Line `number`, by which its seed goes, a prompt as it is if `is_text`. Raises ConfigError for a wrong field."""
     try:
         value = raw.decode() if is_text else json.loads(raw.decode(), parse_constant=int)
     except (ValueError, RecursionError) as error:

@@ -156,8 +156,7 @@ class Engine:
         self._spelt = (*tokenizer.token_bytes, *[b""] * self._vocabulary)[: self._vocabulary]
         # The slots of the last run, and the prompts whose keys and values are in them, to begin others with.
         self._kept: tuple[Slots | None, list[list[int]]] = None, [[]] * self._slots
-        self.truncated = self.tokens = 0  # prompts that were cut to fit, and tokens that were generated
-        self.reused = 0  # tokens of prompts whose keys and values were there
+        self.truncated = self.reused = self.tokens = 0  # prompts cut; tokens of prompts that were there; generated ones
         self.places = self.used = 0  # slots times passes, and those that brought a text on
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams]) -> list[Completion]:

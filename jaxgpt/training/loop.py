@@ -115,7 +115,8 @@ class Trainer:
         what = f"{parameter_count(state.model) / 1e6:.1f} M parameters, {model.dtype}, attention by {attention}"
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         self.say(f"{self.config.name}: {what}, on {mesh.devices.flat[0].device_kind} ({axes})")
-        epochs = f"{self.last * self.tokens / sum(len(corpus.train) for corpus in self.corpora):.2f} epochs"
+        windows = sum((len(corpus.train) - 1) // model.context_length for corpus in self.corpora)
+        epochs = f"{self.last * self.config.training.batch_size / windows:.2f} epochs"
         resumed = f", going on after step {start}" if start else ""
         self.say(f"{self.last} steps of {self.tokens:,} tokens ({epochs}) into {self.config.run_path}{resumed}")
         if not len(self.held_out):
@@ -123,8 +124,7 @@ class Trainer:
 
     def steps(self, state: TrainState, start: int) -> TrainState:
         """All steps after `start`; a step number counts the updates that are done."""
-        due = start and self.evaluation_due(start) and not self.log.evaluated
-        if due and not self.evaluate(start, state):
+        if start and self.evaluation_due(start) and not self.log.evaluated and not self.evaluate(start, state):
             raise Stopped(f"stopped after step {start}, {self._saved()}; run the same command to go on")
         if start >= self.last:
             self.say(f"step {start} is the last: raise training.steps (and --allow-change it) to go on")

@@ -133,6 +133,8 @@ def test_evaluation_takes_each_held_out_token_once_in_order() -> None:
     starts = [len(set(c.val.starts.tolist()) - {0}) for c in corpora]
     assert (labels >= 0).sum() == 357 - 1 - starts[0] + 90 - 1 - starts[1]
     assert (labels[segments == 0] == -1).all() and (positions[segments == 0] == 0).all()
+    with pytest.raises(IndexError):
+        windows[8]
     some = evaluation_batches(corpora, batch_size=4, length=T, batches=2)
     assert len(some) == 2 and np.diff(some[0].tokens[:, 0]).tolist() == [48, 64, 48]
     assert len(evaluation_batches([corpus(100)], batch_size=4, length=T)) == 0

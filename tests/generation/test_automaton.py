@@ -191,7 +191,7 @@ def test_without_the_library_a_form_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in packages])
     monkeypatch.setattr("jaxgpt.generation.automaton.in_process", lambda f, s, **a: f(**a))
     monkeypatch.setitem(sys.modules, "outlines_core", None)
-    with pytest.raises(ConfigError, match=r"outlines-core is missing; pip install 'jaxgpt\[constrain\]'"):
+    with pytest.raises(ConfigError, match=r"outlines-core is missing; pip install 'jaxgpt\[constrain\]'$"):
         token_table("never asked before", "", (b"", b"a"), (0,))
 
 

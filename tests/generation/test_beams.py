@@ -168,6 +168,7 @@ def test_beams_are_those_of_transformers(mesh_of: Callable[..., Any], tokenizer:
         (dict(best_of=2, beam_width=2), "best_of: beam search has no use for it; leave it out"),
         (dict(num_samples=3, beam_width=2), "beam_width is 2: it must be between 3 and 64"),
         (dict(beam_width=65), "beam_width is 65: it must be between 1 and 64"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0: it must be between 1 and 1048576"),
         (dict(beam_width=2, top_k=4, stop=("x",)), "top_k, stop: beam search has no use for it; leave it out"),
         (dict(beam_width=2, temperature=0.5), "temperature: beam search has no use for it; leave it out"),
         (dict(beam_width=2, logprobs=0), "logprobs: beam search has no use for it; leave it out"),

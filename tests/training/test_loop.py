@@ -24,6 +24,7 @@ import pytest
 from jaxgpt import cli
 from jaxgpt.checkpoint import restore_model
 from jaxgpt.config import MeshConfig, TrainConfig
+from jaxgpt.data.prepare import prepare_corpora
 from jaxgpt.errors import Stopped, StorageError, TrainingError, run_command
 from jaxgpt.model import Transformer
 from jaxgpt.run import read_config
@@ -114,6 +115,8 @@ def test_a_stop_saves_the_last_finished_step(
     assert records(tmp_path / "run") == [r for r in records(finished) if r["step"] <= step]
     went_on = command("train.py", config)
     assert went_on.status == 0 and f"going on after step {step}" in went_on.out
+    windows = sum((len(corpus.train) - 1) // 64 for corpus in prepare_corpora(tiny.data, tiny.tokenizer)[1])
+    assert f"({20 * 4 / windows:.2f} epochs)" in went_on.out
     assert_same_run(tmp_path / "run", finished)
 
 
